@@ -1,0 +1,81 @@
+# The same verbs for people and for CI. Every verb makes the virtual environment by itself if it is not there yet.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-light check proto generate-proto bench wheel clean
+
+VENV ?= .venv
+EXTRAS := coordinator,agent,train,torch-cpu,parquet,demo,dev
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PYTHON TORCH_INDEX
+
+help:
+	@echo 'make setup    virtual environment in $(VENV) with everything (PYTHON=..., TORCH_INDEX=...)'
+	@echo 'make demo     a coordinator and three agents on this machine fine-tune MiniLM (DEMO_ARGS="--rounds 3")'
+	@echo 'make test     the tests, but for the slow ones (ARGS="tests/wire -k codec")'
+	@echo 'make test-all the slow ones too'
+	@echo 'make check    lint, types, import contracts, generated code'
+	@echo 'make test-light  the tests that need no torch, in an environment without it (PYTHON=python3.10)'
+	@echo 'make proto    code from the .proto files'
+	@echo 'make bench    rounds against bare gRPC (BENCH_ARGS="--agents 8 --mib 16")'
+	@echo 'make wheel    wheel and sdist in dist/'
+	@echo 'make clean    removes what the above made, but for $(VENV)'
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt deploy/setup.sh
+	@echo 'setting up $(VENV)'
+	@./deploy/setup.sh $(VENV) $(EXTRAS)
+	@touch $@
+
+demo: $(READY)
+	@$(VENV)/bin/fleetune demo $(DEMO_ARGS)
+
+test: $(READY)
+	@$(PY) -m pytest -q -m 'not slow' $(ARGS)
+
+test-all: $(READY)
+	@$(PY) -m pytest -q $(ARGS)
+
+# All of them run, so that one look shows every complaint.
+check: $(READY)
+	@failed=; \
+	run() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed, $$name"; }; \
+	run ruff $(VENV)/bin/ruff check --quiet; \
+	run mypy $(VENV)/bin/mypy --no-error-summary; \
+	run pyright env PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --warnings; \
+	run 'import contracts' $(VENV)/bin/lint-imports --no-logo; \
+	run 'generated code' $(PY) -m pytest -q tests/test_proto_fresh.py; \
+	if [ -n "$$failed" ]; then echo "failed: $${failed#, }"; exit 1; fi
+
+# An environment of its own for each Python; no torch in it, as on a relay or a small board.
+LIGHT = .venv-light-$(notdir $(or $(PYTHON),python3))
+LIGHT_EXTRAS := coordinator,agent,test
+test-light: $(LIGHT)/.ready
+	@$(LIGHT)/bin/python -m pytest -q -m 'not slow' $(ARGS)
+
+$(LIGHT)/.ready: pyproject.toml constraints.txt deploy/setup.sh
+	@echo 'setting up $(LIGHT)'
+	@./deploy/setup.sh $(LIGHT) $(LIGHT_EXTRAS)
+	@touch $@
+
+proto: $(READY)
+	@$(MAKE) --no-print-directory generate-proto
+
+# OUT: where the code goes; the freshness test writes it aside and compares.
+OUT := proto
+PROTOS = $(shell cd proto && find fleetune -name '*.proto' | sort)
+SERVICES = $(shell cd proto && grep -l '^service ' $(PROTOS))
+generate-proto:
+	@PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m grpc_tools.protoc -Iproto --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
+	@PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m grpc_tools.protoc -Iproto --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(SERVICES)
+
+bench: $(READY)
+	@$(PY) bench/rounds.py $(BENCH_ARGS)
+
+wheel: $(READY)
+	@rm -rf dist
+	@$(VENV)/bin/hatchling build -d dist
+
+clean:
+	@rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .venv-light-*
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

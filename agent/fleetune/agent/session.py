@@ -1,0 +1,358 @@
+"""The control stream: dialled by the agent, kept open, reopened with jittered back-off when it is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+import grpc.aio
+
+from fleetune.agent import convert
+from fleetune.agent.backoff import Backoff
+from fleetune.agent.domain import Receipt, Task, Welcome
+from fleetune.errors import FleetuneError, UnreachableError, WireError
+from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
+
+if TYPE_CHECKING:
+    from fleetune.v1.fleet_pb2_grpc import FleetServiceAsyncStub
+
+LOG = logging.getLogger(__name__)
+
+WELCOME_DEADLINE_S = 10.0
+"""From dialling to Welcome. A host that swallows packets would otherwise hold the agent for minutes."""
+
+DUPLICATE_PATIENCE_S = 45.0
+"""The coordinator may hold an old session of this very agent for a lease after a cut; a real second agent stays longer than this."""
+
+LEAVE_DEADLINE_S = 1.0
+LOG_MESSAGES_MAX = 64
+"""Log messages waiting for a slow link; the oldest go first, they are a convenience."""
+
+
+class RefusedError(FleetuneError):
+    """The coordinator does not take this agent, and trying again will not help."""
+
+
+class Listener(Protocol):
+    """Who hears what the coordinator says. Called on the event loop; must not block."""
+
+    def connected(self, welcome: Welcome) -> None: ...
+    def disconnected(self) -> None: ...
+    def task(self, task: Task) -> None: ...
+    def unusable_task(self, task_id: str, lease: int, error: WireError) -> None: ...
+    def cancel(self, task_id: str, reason: str) -> None: ...
+    def receipt(self, receipt: Receipt) -> None: ...
+
+
+class _Lost(Exception):
+    """This session is over; another one may be tried."""
+
+
+class Session:
+    """One agent's control stream over time. Owner of the stream and of what waits to be written to it."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        listener: Listener,
+        hello: Callable[[], Awaitable[fleet_pb2.Hello]],
+        heartbeat: Callable[[int], Awaitable[fleet_pb2.Heartbeat]],
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> None:
+        self._stub: FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
+        self._address = address
+        self._listener = listener
+        self._hello = hello
+        self._heartbeat = heartbeat
+        self._connect_timeout_s = connect_timeout_s
+        self._mailbox = Mailbox()
+        self._connected = False
+        self._ever_connected = False
+        self._complained = False
+        self._duplicate_since_s: float | None = None
+        self._leaving = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def send_outcome(self, outcome: fleet_pb2.TaskOutcome) -> None:
+        """Write an outcome; dropped while disconnected, since all unreceipted ones are sent again after the next Welcome."""
+        if self._connected:
+            self._mailbox.put(fleet_pb2.SessionRequest(outcome=outcome))
+
+    def send_availability(self, availability: fleet_pb2.Availability) -> None:
+        """Write a change; dropped while disconnected, since Hello tells the state at every connect."""
+        if self._connected:
+            self._mailbox.put(fleet_pb2.SessionRequest(availability=availability))
+
+    def send_progress(self, progress: fleet_pb2.TaskProgress) -> None:
+        """Write progress, in place of an older one of the same task that still waits. Losing it loses nothing."""
+        if self._connected:
+            self._mailbox.put_progress(progress)
+
+    def send_log(self, log: fleet_pb2.TaskLog) -> None:
+        """Write lines of a training child; the oldest are dropped where the link is too slow for them."""
+        if self._connected:
+            self._mailbox.put_log(log)
+
+    async def leave(self, reason: str) -> None:
+        """Tell the coordinator that the agent ends, and wait briefly until that is written. `run` returns after it."""
+        self._leaving.set()
+        if self._connected:
+            self._mailbox.close_with(fleet_pb2.SessionRequest(leaving=fleet_pb2.Leaving(reason=reason)))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._mailbox.written(), LEAVE_DEADLINE_S)
+
+    async def run(self) -> None:
+        """Keep a session open until `leave`. RefusedError for a final refusal, UnreachableError after the first-connect timeout."""
+        backoff = Backoff()
+        started_s = time.monotonic()
+        while not self._leaving.is_set():
+            retry_after_s = 0.0
+            try:
+                left_s = WELCOME_DEADLINE_S
+                if not self._ever_connected and self._connect_timeout_s is not None:
+                    left_s = min(left_s, max(0.1, started_s + self._connect_timeout_s - time.monotonic()))
+                await self._once(backoff, left_s)
+                cause = "the coordinator ended the session"
+            except _Refused as refused:
+                now_s = time.monotonic()
+                if refused.kind == fleet_pb2.REFUSAL_KIND_DUPLICATE_ID:
+                    self._duplicate_since_s = self._duplicate_since_s or now_s
+                    if now_s - self._duplicate_since_s > DUPLICATE_PATIENCE_S:
+                        refused.retry_after_s = 0.0
+                if refused.retry_after_s <= 0:
+                    raise RefusedError(f"The coordinator at {self._address} refused this agent: {refused}", _remedy(refused.kind)) from refused
+                retry_after_s, cause = refused.retry_after_s, f"refused: {refused}"
+            except grpc.aio.AioRpcError as error:
+                cause = f"{error.code().name}: {error.details()}"
+            except _Lost as lost:
+                cause = str(lost)
+            if self._leaving.is_set():
+                return
+            wait_s = max(backoff.next_s(), min(retry_after_s, 60.0))
+            waited_s = time.monotonic() - started_s
+            if not self._ever_connected and self._connect_timeout_s is not None and waited_s + wait_s > self._connect_timeout_s:
+                raise UnreachableError(
+                    f"The coordinator at {self._address} did not take this agent within {self._connect_timeout_s:g} s ({cause}).",
+                    "Check that `fleetune serve` runs there and that its port can be reached.",
+                )
+            # Said once per trouble, not once per try: an agent may wait for days.
+            level = logging.DEBUG if self._complained else logging.WARNING
+            self._complained = True
+            LOG.log(level, "not connected, retrying until it works coordinator=%s wait_s=%.1f cause=%r", self._address, wait_s, cause)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), wait_s)
+
+    async def _once(self, backoff: Backoff, welcome_deadline_s: float) -> None:
+        """One session from dialling to its end."""
+        # The first try fails at once and tells why. Later ones wait for the channel, which dials with a back-off of its own: were
+        # they to fail at once too, the two waits would add up.
+        call = self._stub.Session(wait_for_ready=backoff.failures > 0)
+        try:
+            try:
+                welcome = await asyncio.wait_for(self._greet(call), welcome_deadline_s)
+            except asyncio.TimeoutError:
+                raise _Lost(f"no answer within {welcome_deadline_s:g} s") from None
+            backoff.reset()
+            self._complained = False
+            self._duplicate_since_s = None
+            self._ever_connected = self._connected = True
+            self._mailbox = Mailbox()
+            self._listener.connected(welcome)
+            try:
+                await self._converse(call, welcome)
+            finally:
+                self._connected = False
+                self._mailbox.abandon()
+                self._listener.disconnected()
+        finally:
+            call.cancel()
+
+    async def _greet(self, call: Call) -> Welcome:
+        # What the agent holds is told as of now, not as of the time when it began to dial.
+        await call.wait_for_connection()
+        await call.write(fleet_pb2.SessionRequest(hello=await self._hello()))
+        response = await call.read()
+        if not isinstance(response, fleet_pb2.SessionResponse):
+            raise _Lost("the coordinator ended the stream before a welcome")
+        body = response.WhichOneof("body")
+        if body == "refusal":
+            raise _Refused(response.refusal)
+        if body != "welcome":
+            raise _Lost(f"the coordinator answered Hello with {body or 'an unknown message'}")
+        return convert.welcome(response.welcome)
+
+    async def _converse(self, call: Call, welcome: Welcome) -> None:
+        """Read, write and heartbeat until one of the three ends; the others are then ended too."""
+        pulse = _Pulse(welcome.lease_s)
+        parts = [
+            asyncio.create_task(self._read(call, welcome, pulse), name="session reader"),
+            asyncio.create_task(self._write(call), name="session writer"),
+            asyncio.create_task(self._beat(welcome.heartbeat_s), name="session heartbeat"),
+            asyncio.create_task(pulse.lost(), name="session lease"),
+        ]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.wait(parts)
+        for part in done:
+            error = part.exception() if not part.cancelled() else None
+            if isinstance(error, asyncio.InvalidStateError):
+                raise _Lost("the stream was cut") from error
+            if error is not None:
+                raise error
+
+    async def _read(self, call: Call, welcome: Welcome, pulse: _Pulse) -> None:
+        while True:
+            response = await call.read()
+            if not isinstance(response, fleet_pb2.SessionResponse):
+                return
+            pulse.beat()
+            self._hear(response, welcome)
+
+    def _hear(self, response: fleet_pb2.SessionResponse, welcome: Welcome) -> None:
+        body = response.WhichOneof("body")
+        if body == "task":
+            try:
+                task = convert.task(response.task, welcome.epoch)
+            except WireError as error:
+                self._listener.unusable_task(response.task.task_id, response.task.lease, error)
+            else:
+                self._listener.task(task)
+        elif body == "cancel":
+            self._listener.cancel(response.cancel.task_id, response.cancel.reason)
+        elif body == "receipt":
+            self._listener.receipt(convert.receipt(response.receipt))
+        elif body == "draining":
+            LOG.info("coordinator is about to stop reason=%r", response.draining.reason)
+        elif body != "heartbeat_reply":
+            # A newer minor version may say more than this agent knows.
+            LOG.debug("message ignored body=%s", body)
+
+    async def _write(self, call: Call) -> None:
+        mailbox = self._mailbox
+        while True:
+            request = await mailbox.next()
+            if request is None:
+                await call.done_writing()
+                mailbox.abandon()
+                return
+            await call.write(request)
+
+    async def _beat(self, heartbeat_s: float) -> None:
+        sequence = 0
+        while True:
+            sequence += 1
+            self._mailbox.put_heartbeat(await self._heartbeat(sequence))
+            await asyncio.sleep(heartbeat_s)
+
+
+class Mailbox:
+    """What waits to be written to one stream, the urgent first. Bounded: outcomes by the results kept, logs by count, the rest by one."""
+
+    def __init__(self) -> None:
+        self._filled = asyncio.Event()
+        self._written = asyncio.Event()
+        self._urgent: deque[fleet_pb2.SessionRequest] = deque()
+        self._heartbeat: fleet_pb2.Heartbeat | None = None
+        self._progress: dict[str, fleet_pb2.TaskProgress] = {}
+        self._logs: deque[fleet_pb2.TaskLog] = deque(maxlen=LOG_MESSAGES_MAX)
+        self._last: fleet_pb2.SessionRequest | None = None
+        self._closing = False
+
+    def put(self, request: fleet_pb2.SessionRequest) -> None:
+        self._urgent.append(request)
+        self._filled.set()
+
+    def put_heartbeat(self, heartbeat: fleet_pb2.Heartbeat) -> None:
+        self._heartbeat = heartbeat
+        self._filled.set()
+
+    def put_progress(self, progress: fleet_pb2.TaskProgress) -> None:
+        self._progress[progress.task_id] = progress
+        self._filled.set()
+
+    def put_log(self, log: fleet_pb2.TaskLog) -> None:
+        self._logs.append(log)
+        self._filled.set()
+
+    def close_with(self, request: fleet_pb2.SessionRequest) -> None:
+        """The last message; `written` returns once it is."""
+        self._last = request
+        self._closing = True
+        self._filled.set()
+
+    def abandon(self) -> None:
+        """Nothing more will be written."""
+        self._written.set()
+
+    async def written(self) -> None:
+        await self._written.wait()
+
+    async def next(self) -> fleet_pb2.SessionRequest | None:
+        """The next message to write; None after the last one."""
+        while True:
+            if self._urgent:
+                return self._urgent.popleft()
+            if self._heartbeat is not None:
+                heartbeat, self._heartbeat = self._heartbeat, None
+                return fleet_pb2.SessionRequest(heartbeat=heartbeat)
+            if self._last is not None:
+                last, self._last = self._last, None
+                return last
+            if self._closing:
+                return None
+            if self._progress:
+                return fleet_pb2.SessionRequest(progress=self._progress.pop(next(iter(self._progress))))
+            if self._logs:
+                return fleet_pb2.SessionRequest(log=self._logs.popleft())
+            self._filled.clear()
+            await self._filled.wait()
+
+
+class _Refused(Exception):
+    def __init__(self, refusal: fleet_pb2.Refusal) -> None:
+        super().__init__(refusal.message or fleet_pb2.RefusalKind.Name(refusal.kind))
+        self.kind = refusal.kind
+        self.retry_after_s = refusal.retry_after_s
+
+
+class _Pulse:
+    """Ends when nothing was heard for a lease: the other half of the connection is gone, whatever TCP believes."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._heard_s = time.monotonic()
+
+    def beat(self) -> None:
+        self._heard_s = time.monotonic()
+
+    async def lost(self) -> None:
+        while (left_s := self._heard_s + self._lease_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
+        raise _Lost(f"nothing heard for {self._lease_s:g} s")
+
+
+Call = grpc.aio.StreamStreamCall[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
+
+
+def _remedy(kind: int) -> str:
+    if kind == fleet_pb2.REFUSAL_KIND_PROTOCOL:
+        return "Install the same version of Fleetune on both machines."
+    if kind == fleet_pb2.REFUSAL_KIND_NAME_TAKEN:
+        return "Give this agent another name with --name or in its configuration."
+    if kind == fleet_pb2.REFUSAL_KIND_DUPLICATE_ID:
+        return "If the state folder was copied from another device, remove the id file here and start again."
+    return ""

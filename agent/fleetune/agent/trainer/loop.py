@@ -1,0 +1,286 @@
+"""The optimiser steps of one round: batches that fit, accumulation, the proximal pull, and what is told on the way."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import psutil
+import torch
+
+from fleetune.agent.trainer.pace import Pace
+from fleetune.child.entry import Emit, is_out_of_memory
+from fleetune.errors import NotFiniteError
+from fleetune.model import accelerator as accelerators
+from fleetune.model.batches import Batch, Example, collate, endless_order
+from fleetune.model.lora import AdaptedModel
+
+LOGGED_STEPS = 5
+"""A round leaves about this many lines in the device's log."""
+
+ACTIVATION_SLACK = 1.6
+"""Peak over saved activations: the temporaries of the forward pass and the gradients of the backward pass come on top."""
+
+SKIPPED_STEPS_MAX = 20
+"""Steps in a row whose float16 gradients overflow at ever smaller scales before the round is given up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's steps. `total_rows` rows in steps of `step_rows` (the last may be smaller), `micro_rows` of them in one forward pass."""
+
+    total_rows: int
+    step_rows: int
+    micro_rows: int
+    rate: Callable[[int], float]
+    weight_decay: float
+    max_grad_norm: float
+    proximal_mu: float
+    seed: str
+    memory_bytes: int | None
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total_rows / self.step_rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round of steps was: `micro_rows` is the forward batch that fitted, `step_s` the median seconds of a step."""
+
+    steps: int
+    samples: int
+    mean_loss: float
+    last_loss: float
+    micro_rows: int
+    step_s: float
+
+
+MicroStep = Callable[[AdaptedModel, Batch, float, "torch.amp.GradScaler"], torch.Tensor]
+"""Forward and backward of one micro batch that is `share` of its step; returns its share of the step's loss."""
+
+
+def train(
+    adapted: AdaptedModel,
+    items: Sequence[Example],
+    plan: Plan,
+    emit: Emit,
+    anchors: Sequence[torch.Tensor] | None = None,
+    row_costs: dict[int, int] | None = None,
+    micro_step: MicroStep | None = None,
+) -> Outcome:
+    """Runs the plan's steps on the model, in place.
+
+    A step's gradient is that of the mean loss over its rows (or target tokens) however many micro batches it takes; where memory
+    is short the micro batch is halved and the step done again with the same rows. `anchors`, in the order of the trainables, are
+    the global state that FedProx pulls to. Raises NotFiniteError when the loss becomes NaN or Inf.
+    """
+    torch.manual_seed(_seed(plan.seed))
+    run = _Run(adapted, plan, emit, anchors, micro_step or backward)
+    run.micro_rows = fitting_rows(adapted, items, plan, {} if row_costs is None else row_costs, emit)
+    adapted.model.train()
+    order = endless_order(len(items), plan.seed)
+    left = plan.total_rows
+    for step in range(plan.steps):
+        chosen = [items[index] for index in islice(order, min(plan.step_rows, left))]
+        left -= len(chosen)
+        run.step(step, chosen)
+    adapted.model.zero_grad(set_to_none=True)
+    return run.outcome()
+
+
+def backward(adapted: AdaptedModel, batch: Batch, share: float, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """The plain micro step."""
+    loss: torch.Tensor = adapted.model(**batch).loss
+    if share != 1.0:
+        loss = loss * share
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves this one unannotated
+    return loss.detach().float()
+
+
+class _Run:
+    """The state of one call of `train`: optimiser, counters, losses not yet read from the accelerator."""
+
+    def __init__(
+        self, adapted: AdaptedModel, plan: Plan, emit: Emit, anchors: Sequence[torch.Tensor] | None, micro_step: MicroStep
+    ) -> None:
+        self._adapted = adapted
+        self._plan = plan
+        self._emit = emit
+        self._anchors = anchors if plan.proximal_mu > 0 else None
+        self._micro_step = micro_step
+        self._parameters = list(adapted.parameters)
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=plan.rate(0), weight_decay=plan.weight_decay)
+        half = any(parameter.dtype == torch.float16 for parameter in adapted.model.parameters())
+        # Gradients that pass through float16 layers underflow unless the loss is scaled up.
+        self._scaler = torch.amp.GradScaler(adapted.accelerator.kind, enabled=half)
+        self._skipped = 0
+        self._pace = Pace(emit, "training")
+        self._log_every = max(1, plan.steps // LOGGED_STEPS)
+        self._unread: list[torch.Tensor] = []
+        self._read_at = time.monotonic()
+        self._step_seconds: list[float] = []
+        self._loss_sum = 0.0
+        self._last_loss = 0.0
+        self._steps = 0
+        self._samples = 0
+        self.micro_rows = plan.micro_rows
+
+    def step(self, step: int, chosen: Sequence[Example]) -> None:
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._plan.rate(step)
+        self._unread.append(self._gradients(chosen))
+        self._scaler.unscale_(self._optimiser)
+        if self._anchors is not None:
+            _pull(self._parameters, self._anchors, self._plan.proximal_mu)
+        if self._plan.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._plan.max_grad_norm)
+        self._scaler.step(self._optimiser)
+        self._watch_scale()
+        self._optimiser.zero_grad(set_to_none=True)
+        self._steps += 1
+        self._samples += len(chosen)
+        self._tell()
+
+    def _gradients(self, chosen: Sequence[Example]) -> torch.Tensor:
+        while True:
+            try:
+                return self._accumulate(chosen)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.micro_rows == 1:
+                    longest = max(len(item.ids) for item in chosen)
+                    raise MemoryError(
+                        f"One row of {longest} tokens does not fit into memory. "
+                        "Lower `max_length`, set gradient_checkpointing, or use a smaller base."
+                    ) from error
+            # Outside of the handler: the error's traceback holds the tensors of the failed pass.
+            self._optimiser.zero_grad(set_to_none=True)
+            accelerators.release_memory(self._adapted.accelerator)
+            self.micro_rows = (self.micro_rows + 1) // 2
+            self._emit("log", text=f"memory is short: {self.micro_rows} rows at once from here on, the same rows a step")
+
+    def _accumulate(self, chosen: Sequence[Example]) -> torch.Tensor:
+        terms = sum(item.loss_terms for item in chosen)
+        total: torch.Tensor | None = None
+        for begin in range(0, len(chosen), self.micro_rows):
+            some = chosen[begin : begin + self.micro_rows]
+            share = sum(item.loss_terms for item in some) / terms
+            batch = collate(some, self._adapted.tokenizer.pad_token_id, self._adapted.accelerator.device)
+            loss = self._micro_step(self._adapted, batch, share, self._scaler)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def _watch_scale(self) -> None:
+        if not self._scaler.is_enabled():
+            return
+        before = self._scaler.get_scale()
+        self._scaler.update()
+        self._skipped = self._skipped + 1 if self._scaler.get_scale() < before else 0
+        if self._skipped >= SKIPPED_STEPS_MAX:
+            raise NotFiniteError(
+                f"The gradients overflow float16 in {self._skipped} steps in a row.",
+                "Use dtype bfloat16 or float32, or lower the learning rate.",
+            )
+
+    def _tell(self) -> None:
+        """Reads the losses and tells of them. On a GPU reading waits for the device, so it is done only when something is due."""
+        due = self._pace.due(self._steps, self._plan.steps)
+        if not due and self._adapted.accelerator.kind != "cpu":
+            return
+        losses = [float(loss) for loss in (self._unread[0].reshape(1) if len(self._unread) == 1 else torch.stack(self._unread)).tolist()]
+        now = time.monotonic()
+        self._step_seconds.append((now - self._read_at) / len(losses))
+        self._read_at = now
+        self._unread.clear()
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise NotFiniteError(
+                    f"The loss became {loss} in step {self._steps - len(losses) + offset + 1} of {self._plan.steps}.",
+                    "Lower the learning rate, bound max_grad_norm, or use dtype float32 or bfloat16.",
+                )
+        self._loss_sum += math.fsum(losses)
+        self._last_loss = losses[-1]
+        if due:
+            self._pace.at(self._steps, self._plan.steps, self._last_loss)
+        if self._steps % self._log_every == 0 or self._steps == self._plan.steps:
+            rate = self._plan.rate(self._steps - 1)
+            self._emit(
+                "log", text=f"step {self._steps}/{self._plan.steps} loss={self._last_loss:.4f} rate={rate:.3g} rows={self.micro_rows}"
+            )
+
+    def outcome(self) -> Outcome:
+        return Outcome(
+            self._steps,
+            self._samples,
+            self._loss_sum / self._steps,
+            self._last_loss,
+            self.micro_rows,
+            statistics.median(self._step_seconds),
+        )
+
+
+@torch.no_grad()
+def _pull(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
+    """Adds the gradient of mu/2 ||w - w_t||^2."""
+    for parameter, anchor in zip(parameters, anchors, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - anchor, alpha=mu)
+
+
+def fitting_rows(adapted: AdaptedModel, items: Sequence[Example], plan: Plan, row_costs: dict[int, int], emit: Emit) -> int:
+    """Rows of one forward pass that stay within the plan's memory, halving from its wish; at least 1.
+
+    Only for the CPU, where too much memory ends in a kill by the system instead of an error that could be caught. `row_costs` maps
+    a length in tokens to the bytes that one such row keeps for its backward pass; it is measured once and kept by the caller.
+    """
+    wished = plan.micro_rows
+    if plan.memory_bytes is None or adapted.accelerator.kind != "cpu":
+        return wished
+    longest = max(items, key=lambda item: len(item.ids))
+    tokens = len(longest.ids)
+    if tokens not in row_costs:
+        row_costs[tokens] = saved_bytes(adapted, longest)
+    room = plan.memory_bytes - psutil.Process().memory_info().rss
+    rows = wished
+    while rows > 1 and rows * row_costs[tokens] * ACTIVATION_SLACK > room:
+        rows = (rows + 1) // 2
+    if rows < wished:
+        cost = row_costs[tokens]
+        emit(
+            "log",
+            text=f"{rows} rows at once instead of {wished}: a row of {tokens} tokens keeps {cost} bytes, {max(room, 0)} are free",
+        )
+    return rows
+
+
+def saved_bytes(adapted: AdaptedModel, item: Example) -> int:
+    """Bytes that a forward pass over one row keeps for the backward pass, counted where autograd stores them."""
+    owned = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    adapted.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = adapted.model(**collate([item], adapted.tokenizer.pad_token_id, adapted.accelerator.device))
+    logits = output.logits
+    return sum(kept.values()) + int(logits.numel() * logits.element_size())
+
+
+def _seed(text: str) -> int:
+    """Torch takes a number; the text's characters make one that is the same everywhere."""
+    value = 0
+    for byte in text.encode():
+        value = (value * 257 + byte + 1) % (1 << 63)
+    return value

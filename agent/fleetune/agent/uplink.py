@@ -1,0 +1,181 @@
+"""Updates from the outbox to the coordinator: one stream each, resumed where it was cut, until a receipt comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from fleetune.agent import convert
+from fleetune.agent.bulk import CALL_DEADLINE_S, Retry, TransferError
+from fleetune.agent.domain import FailureKind, Receipt, Update
+from fleetune.errors import WireError
+from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
+from fleetune.wire import chunks
+
+if TYPE_CHECKING:
+    from fleetune.v1.blob_pb2_grpc import BlobServiceAsyncStub
+
+LOG = logging.getLogger(__name__)
+
+OnReceipt = Callable[[Receipt], None]
+OnFailure = Callable[[Update, FailureKind, str], None]
+OnBytes = Callable[[Update, int, int], None]
+"""Hears the update, the bytes sent and the bytes in all."""
+
+
+class Uplink:
+    """Sends updates over the bulk channel, one stream at a time. Owner of its tasks, one for each update under way."""
+
+    def __init__(self, channel: grpc.aio.Channel, device_id: str, on_receipt: OnReceipt, on_failure: OnFailure, on_bytes: OnBytes) -> None:
+        self._stub: BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)
+        self._device_id = device_id
+        self._on_receipt = on_receipt
+        self._on_failure = on_failure
+        self._on_bytes = on_bytes
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Two streams of one device would only halve each other's rate. Not held while one waits for another try.
+        self._turn = asyncio.Lock()
+        self._wake = asyncio.Event()
+        # Reads the next chunk while one is on its way.
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="uplink")
+        self.chunk_bytes = chunks.CHUNK_BYTES
+
+    def send(self, update: Update, path: Path, *, fresh: bool) -> None:
+        """Begin to send; nothing happens where this update is under way. A fresh one was never sent, which spares a question."""
+        under_way = self._tasks.get(update.task_id)
+        if under_way is not None and not under_way.done():
+            self.wake()
+            return
+        task = asyncio.create_task(self._deliver(update, path, fresh), name=f"upload {update.task_id}")
+        self._tasks[update.task_id] = task
+        task.add_done_callback(lambda ended: self._ended(update.task_id, ended))
+
+    def withdraw(self, task_id: str) -> None:
+        """Stop sending. Safe where nothing is under way."""
+        task = self._tasks.pop(task_id, None)
+        if task is not None:
+            task.cancel()
+
+    def wake(self) -> None:
+        """The coordinator is back: try now what waits for another try."""
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Stop all streams; what is unsent stays in the outbox."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._files.shutdown(wait=True)
+
+    def _ended(self, task_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(task_id) is task:
+            del self._tasks[task_id]
+
+    async def _deliver(self, update: Update, path: Path, fresh: bool) -> None:
+        retry = Retry(f"Upload of task {update.task_id}", self._wake)
+
+        async def attempt(number: int) -> Receipt:
+            async with self._turn:
+                offset = 0
+                if number > 0 or not fresh:
+                    status = await self._status(update)
+                    if status.HasField("receipt"):
+                        return convert.receipt(status.receipt)
+                    offset = min(status.offset, update.blob.size_bytes)
+                    retry.progressed(offset)
+                return await self._stream(update, path, offset)
+
+        try:
+            receipt = await retry.run(attempt)
+        except TransferError as error:
+            LOG.error("upload failed task=%s cause=%r", update.task_id, str(error))
+            self._on_failure(update, FailureKind.TRANSFER, str(error))
+        except OSError as error:
+            LOG.error("update cannot be read task=%s path=%s cause=%r", update.task_id, path, str(error))
+            self._on_failure(update, FailureKind.TRANSFER, f"The finished update cannot be read from the outbox: {error}.")
+        except Exception as error:
+            # A bug must not leave the coordinator waiting for a result that never comes.
+            LOG.exception("upload ended by a bug task=%s", update.task_id)
+            self._on_failure(update, FailureKind.INTERNAL, f"The upload ended by an unexpected error: {type(error).__name__}: {error}.")
+        else:
+            self._on_receipt(receipt)
+
+    async def _status(self, update: Update) -> blob_pb2.UploadStatusResponse:
+        blob = messages_pb2.BlobRef(digest=update.blob.digest, size_bytes=update.blob.size_bytes)
+        request = blob_pb2.UploadStatusRequest(device_id=self._device_id, task_id=update.task_id, blob=blob)
+        call = self._stub.UploadStatus(request, timeout=CALL_DEADLINE_S)
+        try:
+            return await call
+        finally:
+            call.cancel()
+
+    async def _stream(self, update: Update, path: Path, offset: int) -> Receipt:
+        loop = asyncio.get_running_loop()
+        size_bytes = update.blob.size_bytes
+        reader = _Reader(path, size_bytes, self.chunk_bytes)
+        header = convert.upload_header(update, self._device_id, offset)
+        reading: asyncio.Future[blob_pb2.UploadRequest] | None = loop.run_in_executor(self._files, reader.first, header)
+        call = self._stub.Upload()
+        try:
+            while reading is not None:
+                request = await reading
+                offset = reader.position
+                reading = loop.run_in_executor(self._files, reader.following) if offset < size_bytes else None
+                await call.write(request)
+                self._on_bytes(update, offset, size_bytes)
+            await call.done_writing()
+            response = await call
+        except asyncio.InvalidStateError:
+            # The coordinator answered before it had all: it has the result already, or its status says what is wrong.
+            response = await call
+        finally:
+            call.cancel()
+            if reading is not None:
+                with contextlib.suppress(Exception):
+                    await reading
+            self._files.submit(reader.close)
+        if not response.HasField("receipt"):
+            raise WireError(f"The coordinator ended the upload of task {update.task_id} without a receipt.")
+        return convert.receipt(response.receipt)
+
+
+class _Reader:
+    """An update file as upload requests. Lives in the one thread that reads; `position` is where the next request starts."""
+
+    def __init__(self, path: Path, size_bytes: int, chunk_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+        self._chunk_bytes = chunk_bytes
+        self._fd = -1
+        self.position = 0
+
+    def first(self, header: blob_pb2.UploadHeader) -> blob_pb2.UploadRequest:
+        """The header, and the bytes from its offset on where any are missing."""
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self.position = header.offset
+        if self.position == self._size_bytes:
+            return blob_pb2.UploadRequest(header=header)
+        request = self.following()
+        request.header.CopyFrom(header)
+        return request
+
+    def following(self) -> blob_pb2.UploadRequest:
+        chunk = chunks.read_chunk(self._fd, self.position, self._size_bytes, self._chunk_bytes)
+        self.position = min(self.position + self._chunk_bytes, self._size_bytes)
+        return blob_pb2.UploadRequest(chunk=chunk)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,689 @@
+"""`fleetune`: the command line of whoever runs a coordinator or a job on one."""
+
+# Only click and the standard library at import time: `fleetune --help` and shell completion must be there at once. rich, grpc
+# and everything heavier are imported by the verb that needs them.
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from fleetune.complaints import ComplaintsError
+from fleetune.coordinator import faults
+from fleetune.coordinator.exitcodes import ExitCode, sentence
+from fleetune.errors import ConfigError, FleetuneError, UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fleetune.coordinator.client import Client
+    from fleetune.coordinator.jsonview import Json
+    from fleetune.v1 import control_pb2
+
+DEFAULT_ADDRESS = "127.0.0.1:7433"
+ADDRESS_VARIABLE = "FLEETUNE_COORDINATOR"
+DEBUG_VARIABLE = "FLEETUNE_DEBUG"
+
+PLAIN_WIDTH = 120
+"""Columns of a table that goes into a file or a pipe, where COLUMNS does not say otherwise."""
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class Verb(click.Command):
+    """A command whose help ends with examples and its exit codes."""
+
+    def __init__(
+        self, *args: Any, examples: Sequence[str] = (), codes: Sequence[ExitCode] = (), **settings: Any
+    ) -> None:  # Any: click's own
+        super().__init__(*args, **settings)
+        self.examples = tuple(examples)
+        self.codes = tuple(codes)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples as they are typed, then the codes."""
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+        with formatter.section("Exit codes"):
+            formatter.write_text(sentence(*self.codes))
+
+
+@dataclass(frozen=True)
+class Globals:
+    """What stands before the verb."""
+
+    coordinator: str
+    no_color: bool
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--coordinator",
+    metavar="HOST:PORT",
+    default=DEFAULT_ADDRESS,
+    envvar=ADDRESS_VARIABLE,
+    show_default=True,
+    show_envvar=True,
+    help="Where the coordinator listens; may also stand after the verb.",
+)
+@click.option("--no-color", is_flag=True, help="No colours; NO_COLOR in the environment does the same.")
+@click.pass_context
+def cli(context: click.Context, coordinator: str, no_color: bool) -> None:
+    """Fine-tune language models on the machines you already have.
+
+    A coordinator (`fleetune serve`) plans rounds, agents (`fleetune-agent run`) train on their own data, and the result of
+    every round is an adapter that PEFT loads. `fleetune demo` shows all of it on this machine.
+
+    JOB is a job's id, an unambiguous beginning of one, or "last".
+    """
+    context.obj = Globals(coordinator, no_color)
+
+
+def asks(function: F) -> F:
+    """Options of every verb that asks a coordinator."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")(function)
+    return click.option("--coordinator", metavar="HOST:PORT", help=f"Where the coordinator listens (or {ADDRESS_VARIABLE}).")(function)
+
+
+_ASKING = (ExitCode.UNREACHABLE, ExitCode.REFUSED)
+_FOLLOWING = (*_ASKING, ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED)
+
+
+# --- running a coordinator -------------------------------------------------------------------------------------------
+
+
+class ServeVerb(Verb):
+    """`serve`, with one option for each row of the coordinator's settings; the table is read only when `serve` is asked for."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """--config, the table's options, --help."""
+        from fleetune.complaints import shown
+        from fleetune.coordinator.config import SETTINGS
+        from fleetune.settings import Kind
+
+        options: list[click.Parameter] = []
+        for row in SETTINGS:
+            name = row.path.replace(".", "_")
+            declared = [f"--{name.replace('_', '-')}", f"setting_{name}"]
+            default = row.default_words.replace("`", "") or shown(row.default)
+            if row.kind is Kind.SWITCH:
+                options.append(click.Option(declared, is_flag=True, default=None, help=row.help))
+            else:
+                words = f"{row.help}  [{row.unit + '; ' if row.unit else ''}default: {default}]"
+                metavar = "|".join(row.choices) if row.choices else row.kind.name if row.kind is not Kind.PLACE else "PATH"
+                options.append(click.Option(declared, metavar=metavar, help=words))
+        own = super().get_params(ctx)
+        return [*own[:-1], *options, *own[-1:]]
+
+
+@cli.command(
+    cls=ServeVerb,
+    examples=[
+        "fleetune serve",
+        "fleetune serve --config /etc/fleetune/coordinator.toml",
+        "fleetune serve --listen 0.0.0.0:7433 --insecure-listen",
+    ],
+    codes=(ExitCode.MACHINE,),
+)
+@click.option("--config", type=click.Path(path_type=Path), help="Settings file; coordinator.toml of the person or the machine if left out.")
+def serve(config: Path | None, **options: Any) -> int:  # Any: the table's options, by name
+    """Run the coordinator until SIGTERM or Ctrl-C.
+
+    Every option is also a setting of coordinator.toml and an environment variable FLEETUNE_COORDINATOR_*; the command line wins.
+    """
+    from fleetune.coordinator import config as configuration
+
+    paths = {f"setting_{row.path.replace('.', '_')}": row.path for row in configuration.SETTINGS}
+    overrides = {paths[name]: value for name, value in options.items() if value is not None}
+    file = config if config is not None else configuration.find_file(os.environ, Path.home())
+    settings = configuration.load(file, os.environ, overrides)
+
+    from fleetune.coordinator import daemon
+
+    return int(daemon.main(settings))
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune demo", "fleetune demo --agents 4 --split dirichlet --alpha 0.5", "fleetune demo --data ./my-texts --rounds 5"],
+    codes=(ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED, ExitCode.MACHINE, ExitCode.TERMINATED),
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder with train.jsonl, validation.jsonl and test.jsonl (text, label).")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=8, show_default=True, help="Rounds to train.")
+@click.option("--steps", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Optimiser steps of an agent in a round.")
+@click.option("--agents", type=click.IntRange(1, 32), default=3, show_default=True, help="Agents to start.")
+@click.option("--split", type=click.Choice(["iid", "dirichlet"]), default="iid", show_default=True, help="How rows are dealt to agents.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Dirichlet: smaller is more unequal."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seeds the split and the training.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Work folder; fleetune-demo/<time> under the current folder if left out.")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of another base model; MiniLM from the [demo] extra if left out.")
+@click.option("--plain", is_flag=True, help="One line per event instead of a live picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def demo(context: click.Context, /, as_json: bool, plain: bool, **settings: Any) -> int:  # Any: the options above, by name
+    """Fine-tune a small model with a coordinator and agents on this machine.
+
+    Starts them as separate processes on loopback, deals the rows of the demo's data set to the agents, trains, and shows what
+    came of it. Needs no network. Ctrl-C ends everything in order.
+    """
+    from fleetune.coordinator.demo import demo as run
+
+    console = _console(context)
+    return int(run.main(run.DemoSettings(**settings), console, lines=plain or not console.is_terminal, as_json=as_json))
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    cls=Verb,
+    examples=[
+        "fleetune submit job.toml",
+        "fleetune submit job.toml --wait",
+        "fleetune submit job.toml --set rounds.count=3 --set lora.rank=4",
+        "cat job.toml | fleetune submit -",
+    ],
+    codes=_FOLLOWING,
+)
+@click.argument("file", metavar="JOB.toml", type=click.Path(allow_dash=True, path_type=Path))
+@click.option("--wait", is_flag=True, help="Follow the job until it has ended; the exit code says how.")
+@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Replace a setting of the file; may be given often.")
+@click.option("--plain", is_flag=True, help="With --wait: one line per event instead of a live picture.")
+@asks
+@click.pass_context
+def submit(
+    context: click.Context, file: Path, wait: bool, settings: tuple[str, ...], plain: bool, coordinator: str | None, as_json: bool
+) -> int:
+    """Hand a job file to the coordinator."""
+    from fleetune.coordinator import overrides
+
+    text = overrides.apply(_read_job(file), settings)
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        job_id = await client.submit(text)
+        if not wait:
+            if as_json:
+                _print_json({"job_id": job_id})
+            else:
+                _say(f"submitted as {job_id}; follow it with `fleetune watch {job_id}`")
+            return ExitCode.OK
+        if not as_json:
+            return await _follow(client, job_id, console, lines=plain or not console.is_terminal, as_json=False)
+        job = await _last_view(client.watch(job_id))
+        _print_job(job)
+        return _job_exit(job)
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(cls=Verb, examples=["fleetune validate job.toml", "fleetune validate job.toml --json"])
+@click.argument("file", metavar="JOB.toml", type=click.Path(allow_dash=True, path_type=Path))
+@click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Replace a setting of the file; may be given often.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def validate(file: Path, settings: tuple[str, ...], as_json: bool) -> int:
+    """Report everything that is wrong with a job file.
+
+    Looks at the file alone and needs no coordinator: path, value, what is allowed and what to do for each mistake.
+    """
+    from fleetune.coordinator import jobspec, overrides
+
+    text = _read_job(file)
+    # A file that is no TOML is reported by the parser, like any other mistake.
+    spec = jobspec.parse(overrides.apply(text, settings) if settings else text)
+    if as_json:
+        _print_json({"valid": True, "complaints": [], "job": cast("Json", spec.model_dump(mode="json"))})
+    else:
+        _say(f"{file}: valid ({spec.method.name}, {spec.rounds.count} rounds)")
+    return ExitCode.OK
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune watch", "fleetune watch 7f3a", "fleetune watch last --json | jq .state"],
+    codes=(*_FOLLOWING, ExitCode.NOT_FOUND),
+)
+@click.argument("job", metavar="[JOB]", default="last")
+@click.option("--plain", is_flag=True, help="One line per event instead of a live picture.")
+@asks
+@click.pass_context
+def watch(context: click.Context, job: str, plain: bool, coordinator: str | None, as_json: bool) -> int:
+    """Follow a job until it has ended; the last one if none is named.
+
+    Ctrl-C ends the watch, not the job. With --json: one JSON document a line at each change.
+    """
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        return await _follow(client, job, console, lines=plain or not console.is_terminal, as_json=as_json)
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(cls=Verb, examples=["fleetune jobs", "fleetune jobs --json | jq '.jobs[].state'"], codes=_ASKING)
+@asks
+@click.pass_context
+def jobs(context: click.Context, coordinator: str | None, as_json: bool) -> int:
+    """List all jobs, the newest last."""
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import listing
+        from fleetune.coordinator.jsonview import message_json
+
+        found = await client.jobs()
+        if as_json:
+            _print_json({"jobs": [message_json(job) for job in found]})
+        elif found:
+            console.print(listing.jobs(found, now_unix_s=_now()))
+        else:
+            _say("no jobs yet; `fleetune submit job.toml` makes one")
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(cls=Verb, examples=["fleetune report", "fleetune report 7f3a --json"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@click.argument("job", metavar="[JOB]", default="last")
+@asks
+@click.pass_context
+def report(context: click.Context, job: str, coordinator: str | None, as_json: bool) -> int:
+    """Say what became of a job: rounds, devices' shares, best round, failures."""
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import report as reports
+
+        found = await client.job(job)
+        if as_json:
+            _print_json(reports.report_json(found))
+        else:
+            console.print(reports.report(found, now_unix_s=_now(), width=console.width))
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune logs last", "fleetune logs 7f3a kitchen-pi", "fleetune logs last --json"],
+    codes=(*_ASKING, ExitCode.NOT_FOUND),
+)
+@click.argument("job", metavar="JOB")
+@click.argument("device", metavar="[DEVICE]", default="")
+@asks
+@click.pass_context
+def logs(context: click.Context, job: str, device: str, coordinator: str | None, as_json: bool) -> int:
+    """Print what the training processes of a job's devices wrote."""
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import listing
+        from fleetune.coordinator.jsonview import message_json
+
+        lines = await client.logs(job, device)
+        if as_json:
+            _print_json({"lines": [message_json(line) for line in lines]})
+        elif lines:
+            console.print(listing.log_lines(lines), soft_wrap=True)
+        else:
+            _say("no log lines yet" + (f" from {device}" if device else ""))
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune cancel last", 'fleetune cancel 7f3a --reason "wrong data"'],
+    codes=(*_ASKING, ExitCode.NOT_FOUND),
+)
+@click.argument("job", metavar="JOB")
+@click.option("--reason", default="", help="Why, for whoever reads the report.")
+@asks
+@click.pass_context
+def cancel(context: click.Context, job: str, reason: str, coordinator: str | None, as_json: bool) -> int:
+    """End a job; the adapters of its committed rounds stay."""
+    return _change(context, coordinator, as_json, lambda client: client.cancel(job, reason))
+
+
+@cli.command(cls=Verb, examples=["fleetune pause last"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@click.argument("job", metavar="JOB")
+@asks
+@click.pass_context
+def pause(context: click.Context, job: str, coordinator: str | None, as_json: bool) -> int:
+    """Begin no further round of a job until it is resumed."""
+    return _change(context, coordinator, as_json, lambda client: client.pause(job))
+
+
+@cli.command(cls=Verb, examples=["fleetune resume last"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@click.argument("job", metavar="JOB")
+@asks
+@click.pass_context
+def resume(context: click.Context, job: str, coordinator: str | None, as_json: bool) -> int:
+    """Let a paused job go on."""
+    return _change(context, coordinator, as_json, lambda client: client.resume(job))
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune export last ./adapter", "fleetune export 7f3a ./best --best", "fleetune export 7f3a ./round-3 --round 3"],
+    codes=(*_ASKING, ExitCode.NOT_FOUND, ExitCode.MACHINE),
+)
+@click.argument("job", metavar="JOB")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--round", "round_number", type=click.IntRange(1), help="The adapter of this round instead of the last.")
+@click.option("--best", is_flag=True, help="The adapter of the round with the best metric.")
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty; files of the same names are replaced.")
+@asks
+@click.pass_context
+def export(
+    context: click.Context,
+    job: str,
+    folder: Path,
+    round_number: int | None,
+    best: bool,
+    force: bool,
+    coordinator: str | None,
+    as_json: bool,
+) -> int:
+    """Copy a job's adapter into a folder that PEFT loads.
+
+    The folder is whole and verified, or it is not there.
+    """
+    if best and round_number is not None:
+        raise click.UsageError("--best and --round exclude each other.")
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator.figures import bytes_text
+
+        done = await client.export(job, folder, round_number=round_number or 0, best=best, force=force)
+        if as_json:
+            _print_json(
+                {"job_id": done.job_id, "round": done.round, "folder": str(done.folder), "files": done.files, "size_bytes": done.size_bytes}
+            )
+        else:
+            _say(f"{done.folder}: adapter of round {done.round}, {done.files} files, {bytes_text(done.size_bytes)}")
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+# --- the fleet -------------------------------------------------------------------------------------------------------
+
+
+@cli.command(cls=Verb, examples=["fleetune devices", "fleetune devices --json | jq '.devices[] | select(.online) | .name'"], codes=_ASKING)
+@asks
+@click.pass_context
+def devices(context: click.Context, coordinator: str | None, as_json: bool) -> int:
+    """List the devices: what they are, what they do, when they were last seen."""
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import listing
+        from fleetune.coordinator.jsonview import message_json
+
+        found = await client.devices()
+        if as_json:
+            _print_json({"devices": [message_json(device) for device in found]})
+        elif found:
+            console.print(listing.devices(found, now_unix_s=_now(), width=console.width))
+        else:
+            _say("no devices yet; `fleetune-agent run` on one makes it join")
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+@cli.command(cls=Verb, examples=["fleetune health", "fleetune health --coordinator 192.0.2.7:7433 --json"], codes=_ASKING)
+@asks
+@click.pass_context
+def health(context: click.Context, coordinator: str | None, as_json: bool) -> int:
+    """Ask whether the coordinator serves; exit code 0 only if it does."""
+
+    async def run(client: Client) -> int:
+        serving = await client.serving()
+        info = await client.server_info() if serving else None
+        if as_json:
+            facts: dict[str, Json] = {"serving": serving, "address": client.address}
+            if info is not None:
+                facts.update(version=info.version, devices_online=info.devices_online, jobs_running=info.jobs_running)
+            _print_json(facts)
+        elif info is not None:
+            _say(
+                f"{client.address} serves: fleetune {info.version}, devices online {info.devices_online}, jobs running {info.jobs_running}"
+            )
+        else:
+            _say(f"{client.address} answers, but does not serve: it starts or stops")
+        return ExitCode.OK if serving else ExitCode.REFUSED
+
+    return _run(context, coordinator, run)
+
+
+# --- the tool itself -------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    cls=Verb,
+    examples=[
+        "fleetune completion bash > ~/.local/share/bash-completion/completions/fleetune",
+        "fleetune completion zsh > ~/.zfunc/_fleetune",
+        "fleetune completion fish > ~/.config/fish/completions/fleetune.fish",
+    ],
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print the completion script of a shell."""
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    if script is None:
+        raise UnsupportedError(f"no completion for {shell}.", "Choose bash, zsh or fish.")
+    _say(script(cli, {}, "fleetune", "_FLEETUNE_COMPLETE").source())
+    return ExitCode.OK
+
+
+@cli.command(cls=Verb, examples=["fleetune version", "fleetune version --json"])
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def version(as_json: bool) -> int:
+    """Print the versions of Fleetune and of Python."""
+    import platform
+    from importlib import metadata
+
+    own = metadata.version("fleetune")
+    if as_json:
+        _print_json({"version": own, "python": platform.python_version()})
+    else:
+        _say(f"fleetune {own}, Python {platform.python_version()}")
+    return ExitCode.OK
+
+
+# --- what the verbs share --------------------------------------------------------------------------------------------
+
+
+def _read_job(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the job file {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the job file {file} is not UTF-8 text.") from error
+
+
+def _run(context: click.Context, coordinator: str | None, verb: Callable[[Client], Coroutine[object, object, int]]) -> int:
+    """Runs a verb on a connection that is closed whatever happens."""
+    import asyncio
+
+    from fleetune.coordinator.client import Client
+
+    settings = context.find_object(Globals)
+    address = coordinator or (settings.coordinator if settings is not None else DEFAULT_ADDRESS)
+
+    async def run() -> int:
+        try:
+            client = Client(address)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        async with client:
+            return await verb(client)
+
+    return int(asyncio.run(run()))
+
+
+def _change(context: click.Context, coordinator: str | None, as_json: bool, ask: Callable[[Client], Awaitable[control_pb2.JobView]]) -> int:
+    async def run(client: Client) -> int:
+        job = await ask(client)
+        if as_json:
+            _print_job(job)
+        else:
+            from fleetune.coordinator.watch import state_word
+
+            _say(f"{job.name} ({job.job_id}) is {state_word(job.state)}" + (f": {job.message}" if job.message else ""))
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+async def _follow(client: Client, job: str, console: Console, *, lines: bool, as_json: bool) -> int:
+    from fleetune.coordinator import watch as watching
+
+    notice = watching.Notice()
+    views = client.watch(job, notice.set)
+    last = await (watching.show_json(views, sys.stdout) if as_json else watching.show(views, console, notice, lines=lines))
+    return _job_exit(last)
+
+
+async def _last_view(views: AsyncIterator[control_pb2.JobView]) -> control_pb2.JobView:
+    from fleetune.v1 import control_pb2
+
+    last = control_pb2.JobView()
+    async for view in views:
+        last = view
+    return last
+
+
+def _job_exit(job: control_pb2.JobView) -> int:
+    from fleetune.v1 import control_pb2
+
+    return {
+        control_pb2.JOB_STATE_COMPLETED: ExitCode.OK,
+        control_pb2.JOB_STATE_CANCELLED: ExitCode.JOB_CANCELLED,
+    }.get(job.state, ExitCode.JOB_FAILED)
+
+
+def _print_job(job: control_pb2.JobView) -> None:
+    from fleetune.coordinator.jsonview import message_json
+
+    _print_json(message_json(job))
+
+
+def _print_json(document: dict[str, Json]) -> None:
+    _say(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _console(context: click.Context) -> Console:
+    from rich.console import Console
+
+    settings = context.find_object(Globals)
+    no_color = True if settings is not None and settings.no_color else None
+    terminal = sys.stdout.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(no_color=no_color, highlight=False, width=width)
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+# --- the edge of the process -----------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code; never a stack trace for a person, unless FLEETUNE_DEBUG asks for it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # grpc's own lines on stderr say nothing that our errors do not say better.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    as_json = "--json" in words
+    try:
+        code = cli.main(args=words, prog_name="fleetune", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code) if isinstance(code, int) else ExitCode.OK
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted\n")
+        return ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        if as_json:
+            _print_error("usage", error.format_message(), "", ExitCode.USAGE)
+        else:
+            error.show(sys.stderr)
+        return ExitCode.USAGE
+    except ComplaintsError as error:
+        _show_complaints(error, as_json)
+        return ExitCode.USAGE
+    except FleetuneError as error:
+        code = faults.exit_code(error)
+        if as_json:
+            _print_error(code.name.lower(), error.message, error.remedy, code)
+        else:
+            sys.stderr.write(f"fleetune: {error.message}\n" + (f"  {error.remedy}\n" if error.remedy else ""))
+        _debug()
+        return code
+    except BrokenPipeError:
+        # Whoever reads has seen enough (`fleetune jobs | head`); the interpreter must not fail at its own last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except Exception as error:  # noqa: BLE001 - the edge of the process: whatever arrives here is a bug, and is reported as one
+        text = f"{type(error).__name__}: {error}"
+        if as_json:
+            _print_error("internal", text, "", ExitCode.INTERNAL)
+        else:
+            sys.stderr.write(f"fleetune: internal error, {text}\n  This is a bug; {DEBUG_VARIABLE}=1 shows where.\n")
+        _debug()
+        return ExitCode.INTERNAL
+
+
+def _show_complaints(error: ComplaintsError, as_json: bool) -> None:
+    if as_json:
+        complaints: list[Json] = [
+            {"path": item.path, "value": item.value, "allowed": item.allowed, "remedy": item.remedy} for item in error.complaints
+        ]
+        _print_json({"valid": False, "complaints": complaints})
+        return
+    count = len(error.complaints)
+    sys.stderr.write(f"fleetune: {error.subject} has {count} mistake{'' if count == 1 else 's'}\n")
+    for item in error.complaints:
+        found = f" = {item.value}" if item.value else ""
+        sys.stderr.write(f"\n  {item.path or 'the file'}{found}\n")
+        sys.stderr.write(f"    allowed: {item.allowed}\n" if item.allowed else "")
+        sys.stderr.write(f"    {item.remedy}\n")
+
+
+def _print_error(kind: str, message: str, remedy: str, code: ExitCode) -> None:
+    _print_json({"error": {"kind": kind, "message": message, "remedy": remedy, "exit_code": int(code)}})
+
+
+def _debug() -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The coordinator's nouns: facts about devices, tasks, updates and rounds, free of any transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+JobStatus = Literal["queued", "preparing", "waiting", "running", "paused", "completed", "failed", "cancelled"]
+ENDED: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
+
+Phase = Literal["training", "folding", "evaluating", "committed"]
+TaskKind = Literal["train", "evaluate"]
+TaskStatus = Literal["assigned", "done", "failed", "refused", "missed"]
+EvaluationSource = Literal["devices", "heldout", "none"]
+
+Metrics = dict[str, float]
+
+FailureKind = Literal[
+    "data", "model", "out_of_memory", "not_finite", "disk_full", "crash", "unsupported", "transfer", "internal", "stalled"
+]
+LASTING: frozenset[FailureKind] = frozenset({"data", "model", "unsupported"})
+"""Failures that the same task would meet again on the same device."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Content address and size of bytes in the store."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task ended without a result, as the device told it."""
+
+    kind: FailureKind
+    stage: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A device that may take a task now."""
+
+    device_id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """A train task's committed result."""
+
+    blob: Blob
+    samples: int
+    metrics: Metrics = field(default_factory=dict)
+    seconds: Metrics = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures measured on `rows` rows."""
+
+    metrics: Metrics
+    rows: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the model host made of a job before its first round. `base_digest` is empty for methods without a model."""
+
+    state: Blob
+    trainables_digest: str
+    base_digest: str = ""
+    hub_id: str = ""
+    revision: str = ""
+    base_name: str = ""
+    base_folder: str = ""
+    files: tuple[tuple[str, str, int], ...] = ()
+    adapter_config: str = ""
+    parameters: int = 0
+    trainable_parameters: int = 0
+    initial: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """A finished fold: the new global state and, with a server optimiser, its state."""
+
+    state: Blob
+    optimizer: Blob | None = None
+    coverage_min: int = 0
+    update_norm: float = 0.0
+
+
+@dataclass
+class TaskEntry:
+    """One device's part in the open round. Written only by the round machine."""
+
+    task_id: str
+    device_id: str
+    device_name: str
+    kind: TaskKind
+    lease: int
+    status: TaskStatus = "assigned"
+    assigned_unix_s: float = 0.0
+    offline_since_unix_s: float = 0.0
+    update: Update | None = None
+    evaluation: Evaluation | None = None
+    failure: Failure | None = None
+    reason: str = ""
+
+
+@dataclass
+class RoundEntry:
+    """The open round, and each committed one as its record. Written only by the round machine."""
+
+    number: int
+    phase: Phase
+    started_unix_s: float
+    deadline_unix_s: float = 0.0
+    tasks: dict[str, TaskEntry] = field(default_factory=dict)
+    start_state: Blob | None = None
+    state: Blob | None = None
+    optimizer: Blob | None = None
+    metrics: Metrics = field(default_factory=dict)
+    evaluation_rows: int = 0
+    late: int = 0
+    update_norm: float = 0.0
+    ended_unix_s: float = 0.0
+
+    def trained(self) -> list[TaskEntry]:
+        """Tasks whose update counts in this round, in device-id order."""
+        done = [task for task in self.tasks.values() if task.kind == "train" and task.update is not None]
+        return sorted(done, key=lambda task: task.device_id)
+
+    def train_loss(self) -> float | None:
+        """Mean training loss weighted by samples, or None where no update told one."""
+        pairs = [(t.update.metrics["loss"], t.update.samples) for t in self.trained() if t.update and "loss" in t.update.metrics]
+        total = sum(samples for _, samples in pairs)
+        return sum(loss * samples for loss, samples in pairs) / total if total else None
+
+    def upload_bytes(self) -> int:
+        return sum(task.update.blob.size_bytes for task in self.trained() if task.update)
+
+    def download_bytes(self) -> int:
+        """Bytes of global state that the devices of this round needed: each fetches a state once."""
+        fetched = {(t.device_id, t.kind) for t in self.tasks.values() if t.status != "refused"}
+        start = self.start_state.size_bytes if self.start_state else 0
+        return sum(start for _, kind in fetched if kind == "train")

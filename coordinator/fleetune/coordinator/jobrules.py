@@ -1,0 +1,340 @@
+"""What holds between the settings of a job file: which are required, which exclude each other, which follow from others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from fleetune.complaints import Complaint, shown
+from fleetune.coordinator.jobsections import (
+    NAME_WORDS,
+    DataSection,
+    EvaluationSection,
+    JobSpec,
+    LoraSection,
+    ModelSection,
+    TaskSection,
+    TrainingSection,
+)
+
+HUB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9._-]{1,96})?$")
+JOB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+_COLUMNS = ("text", "text_pair", "label", "input", "target", "chat")
+_COLUMN_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text-classification": (("text", "label"), ("text", "text_pair", "label")),
+    "causal-lm": (("text",), ("input", "target"), ("chat",)),
+    "seq2seq-lm": (("input", "target"),),
+}
+_SERVER_SETTINGS: dict[str, tuple[str, ...]] = {
+    "server_learning_rate": ("fedavgm", "fedadam", "fedyogi"),
+    "server_momentum": ("fedavgm",),
+    "server_beta1": ("fedadam", "fedyogi"),
+    "server_beta2": ("fedadam", "fedyogi"),
+    "server_tau": ("fedadam", "fedyogi"),
+}
+_SERVER_LEARNING_RATE = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job whose settings are right one by one. `given` are the paths that the file sets, `wrong` those already complained about."""
+
+    spec: JobSpec
+    given: frozenset[str]
+    wrong: frozenset[str]
+
+    def sets(self, path: str) -> bool:
+        return path in self.given
+
+    def sound(self, *paths: str) -> bool:
+        """Whether nothing is wrong yet with these paths or with their sections: a rule about them would only repeat it."""
+        return not any(path in self.wrong or path.partition(".")[0] in self.wrong for path in paths)
+
+
+def complaints(draft: Draft) -> list[Complaint]:
+    """Every broken rule, in the order of the file."""
+    return [complaint for rule in _RULES for complaint in rule(draft)]
+
+
+def completed(spec: JobSpec) -> JobSpec:
+    """The job with every setting filled in that follows from others. Takes a job that breaks no rule."""
+    if spec.method.name == "echo":
+        return spec.model_copy(
+            update={
+                "model": ModelSection(),
+                "task": TaskSection(),
+                "lora": LoraSection(),
+                "data": DataSection(),
+                "training": TrainingSection(),
+                "evaluation": EvaluationSection(source="none"),
+            }
+        )
+    training = spec.training
+    if not training.steps and not training.epochs:
+        training = training.model_copy(update={"epochs": 1.0})
+    method = spec.method
+    if method.server_learning_rate is None:
+        method = method.model_copy(update={"server_learning_rate": _SERVER_LEARNING_RATE.get(method.server_optimizer, 1.0)})
+    metric = spec.evaluation.metric or ("accuracy" if spec.task.kind == "text-classification" else "loss")
+    return spec.model_copy(
+        update={
+            "data": _completed_data(spec),
+            "training": training,
+            "method": method,
+            "evaluation": spec.evaluation.model_copy(update={"metric": metric}),
+        }
+    )
+
+
+def is_folder(base: str) -> bool:
+    """Whether a base or an adapter is named by its folder; hub ids and job ids never look like one."""
+    return base.startswith(("/", "~", "./", "../", ".\\", "..\\")) or base in {".", ".."} or bool(re.match(r"^[A-Za-z]:[\\/]", base))
+
+
+def _completed_data(spec: JobSpec) -> DataSection:
+    data = spec.data
+    update: dict[str, object] = {}
+    if spec.task.kind == "text-classification":
+        update = {"text": data.text or "text", "label": data.label or "label"}
+    elif spec.task.kind == "seq2seq-lm":
+        update = {"input": data.input or "input", "target": data.target or "target"}
+    elif spec.task.kind == "causal-lm" and not any((data.text, data.input, data.target, data.chat)):
+        update = {"text": "text"}
+    has_prompt = spec.task.kind == "causal-lm" and bool(data.input or data.chat)
+    update["mask_prompt"] = has_prompt if data.mask_prompt is None else data.mask_prompt
+    return data.model_copy(update=update)
+
+
+def _name(draft: Draft) -> Iterator[Complaint]:
+    if not draft.spec.name and draft.sound("name"):
+        yield Complaint("name", "", NAME_WORDS, 'Give the job a name, for example name = "my-first-job".')
+
+
+def _model(draft: Draft) -> Iterator[Complaint]:
+    model = draft.spec.model
+    if not draft.sound("model.base"):
+        return
+    allowed = 'a Hugging Face id such as "org/name", or an absolute folder on the coordinator\'s machine'
+    if not model.base:
+        yield Complaint("model.base", "", allowed, "Name the pretrained model to start from.")
+    elif is_folder(model.base):
+        if not model.base.startswith(("/", "~")) and model.base[1:2] != ":":
+            yield Complaint(
+                "model.base", shown(model.base), allowed, "Write the folder with its full path: the coordinator may run elsewhere."
+            )
+        if model.revision and draft.sound("model.revision"):
+            yield Complaint("model.revision", shown(model.revision), "nothing, for a folder", "Remove it: a folder has no revisions.")
+    elif not HUB_ID_PATTERN.match(model.base) or ".." in model.base or "--" in model.base:
+        yield Complaint("model.base", shown(model.base), allowed, "Correct the id, or write the folder with its full path.")
+
+
+def _task(draft: Draft) -> Iterator[Complaint]:
+    task = draft.spec.task
+    if task.kind is None:
+        if draft.sound("task.kind"):
+            yield Complaint("task.kind", "", "text-classification, causal-lm, seq2seq-lm", "Say what the model is to learn, in [task].")
+        return
+    if not draft.sound("task.kind", "task.labels"):
+        return
+    if task.kind != "text-classification":
+        if draft.sets("task.labels"):
+            yield Complaint("task.labels", shown(task.labels), f"nothing, for {task.kind}", "Remove it: only classification has labels.")
+        return
+    if len(task.labels) < 2:
+        found = shown(task.labels) if draft.sets("task.labels") else ""
+        yield Complaint(
+            "task.labels", found, "at least 2 different texts", "List all classes in id order, also those that some devices lack."
+        )
+    twice = _repeated(task.labels)
+    if twice:
+        yield Complaint("task.labels", shown(tuple(twice)), "at least 2 different texts", "Each label may stand once only.")
+
+
+def _repeated(words: Iterable[str]) -> list[str]:
+    return sorted(word for word, count in Counter(words).items() if count > 1)
+
+
+def _lora(draft: Draft) -> Iterator[Complaint]:
+    lora = draft.spec.lora
+    if draft.sound("lora.targets"):
+        twice = _repeated(lora.targets)
+        if twice:
+            yield Complaint("lora.targets", shown(tuple(twice)), "different module name endings", "Each target may stand once only.")
+    start = lora.init_adapter
+    if not start or not draft.sound("lora.init_adapter"):
+        return
+    allowed = "an absolute PEFT folder on the coordinator's machine, or a job id"
+    if is_folder(start):
+        if not start.startswith(("/", "~")) and start[1:2] != ":":
+            yield Complaint(
+                "lora.init_adapter", shown(start), allowed, "Write the folder with its full path: the coordinator may run elsewhere."
+            )
+    elif not JOB_ID_PATTERN.match(start):
+        yield Complaint("lora.init_adapter", shown(start), allowed, "Take the id that `fleetune jobs` shows, or a full path.")
+
+
+def _data(draft: Draft) -> Iterator[Complaint]:
+    data = draft.spec.data
+    if not data.name and draft.sound("data.name"):
+        yield Complaint(
+            "data.name", "", "a name under [data.NAME] in the devices' own configuration", "Name the data that the devices train on."
+        )
+    kind = draft.spec.task.kind
+    if kind is None or not draft.sound("task.kind"):
+        return
+    yield from _column_set(draft, kind)
+    if kind != "seq2seq-lm" and draft.sets("data.max_target_length") and draft.sound("data.max_target_length"):
+        yield Complaint(
+            "data.max_target_length",
+            str(data.max_target_length),
+            f"nothing, for {kind}",
+            "Remove it: max_length bounds the whole sequence.",
+        )
+    if draft.sets("data.mask_prompt") and draft.sound("data.mask_prompt"):
+        if kind != "causal-lm":
+            yield Complaint(
+                "data.mask_prompt", shown(data.mask_prompt), f"nothing, for {kind}", "Remove it: here the loss never covers the input."
+            )
+        elif data.mask_prompt and not (data.input or data.chat) and draft.sound("data.input", "data.chat"):
+            yield Complaint(
+                "data.mask_prompt",
+                "true",
+                "false, for rows of plain text",
+                "Remove it, or name the columns data.input and data.target, or data.chat.",
+            )
+
+
+def _column_set(draft: Draft, kind: str) -> Iterator[Complaint]:
+    """Complains about columns that the task has no use for, and about a set that is not one of those allowed."""
+    data = draft.spec.data
+    if not draft.sound(*(f"data.{name}" for name in _COLUMNS)):
+        return
+    sets = _COLUMN_SETS[kind]
+    useful = {name for columns in sets for name in columns}
+    allowed = "; or ".join(", ".join(f"data.{name}" for name in columns) for columns in sets)
+    named = {name for name in _COLUMNS if getattr(data, name)}
+    for name in _COLUMNS:
+        if name in named and name not in useful:
+            yield Complaint(f"data.{name}", shown(getattr(data, name)), allowed, f"Remove it: {kind} has no such column.")
+        elif draft.sets(f"data.{name}") and name not in named:
+            yield Complaint(f"data.{name}", '""', "the name of a column", "Name the column, or remove the line.")
+    named &= useful
+    if kind == "causal-lm" and named and named not in [set(columns) for columns in sets]:
+        words = ", ".join(f"data.{name}" for name in _COLUMNS if name in named)
+        yield Complaint("data", words, allowed, "Name the columns of exactly one kind of row.")
+    columns = [getattr(data, name) for name in named]
+    if len(set(columns)) < len(columns):
+        yield Complaint(
+            "data", ", ".join(shown(column) for column in sorted(columns)), "different columns", "Two settings name the same column."
+        )
+
+
+def _training(draft: Draft) -> Iterator[Complaint]:
+    training = draft.spec.training
+    if not draft.sound("training.steps", "training.epochs"):
+        return
+    if training.steps and training.epochs:
+        yield Complaint("training.epochs", str(training.epochs), "either training.steps or training.epochs", "Remove one of the two.")
+    elif not training.steps and not training.epochs:
+        for name in ("steps", "epochs"):
+            if draft.sets(f"training.{name}") and not draft.sets("training.steps" if name == "epochs" else "training.epochs"):
+                yield Complaint(
+                    f"training.{name}", shown(getattr(training, name)), "more than 0", "Say how long a device trains in a round."
+                )
+        if draft.sets("training.steps") and draft.sets("training.epochs"):
+            yield Complaint("training.steps", "0", "more than 0 for one of steps and epochs", "Say how long a device trains in a round.")
+
+
+def _method(draft: Draft) -> Iterator[Complaint]:
+    method = draft.spec.method
+    if method.name != "echo" and draft.sets("method.state_mib") and draft.sound("method.state_mib", "method.name"):
+        yield Complaint("method.state_mib", shown(method.state_mib), "nothing, for " + method.name, "Remove it: only echo takes a size.")
+    if method.name == "echo":
+        for name in (*_SERVER_SETTINGS, "proximal_mu", "server_optimizer", "update_dtype"):
+            if draft.sets(f"method.{name}") and draft.sound(f"method.{name}"):
+                yield Complaint(
+                    f"method.{name}", shown(getattr(method, name)), "nothing, for echo", "Remove it: echo neither trains nor optimises."
+                )
+        return
+    if not draft.sound("method.server_optimizer"):
+        return
+    for name, optimizers in _SERVER_SETTINGS.items():
+        if draft.sets(f"method.{name}") and draft.sound(f"method.{name}") and method.server_optimizer not in optimizers:
+            yield Complaint(
+                f"method.{name}",
+                shown(getattr(method, name)),
+                f"nothing, for server_optimizer = {shown(method.server_optimizer)}",
+                f"Remove it, or set method.server_optimizer to {' or '.join(optimizers)}.",
+            )
+
+
+def _evaluation(draft: Draft) -> Iterator[Complaint]:
+    evaluation = draft.spec.evaluation
+    if draft.sound("evaluation.source", "evaluation.heldout"):
+        if evaluation.source == "heldout" and not evaluation.heldout:
+            yield Complaint(
+                "evaluation.heldout", "", "an absolute path on the coordinator's machine", "Name the JSONL file with the held-out rows."
+            )
+        elif evaluation.source == "heldout" and not evaluation.heldout.startswith(("/", "~")) and evaluation.heldout[1:2] != ":":
+            yield Complaint(
+                "evaluation.heldout", shown(evaluation.heldout), "an absolute path on the coordinator's machine", "Write the full path."
+            )
+        elif evaluation.source != "heldout" and evaluation.heldout:
+            yield Complaint(
+                "evaluation.heldout",
+                shown(evaluation.heldout),
+                f"nothing, for source = {shown(evaluation.source)}",
+                "Remove it, or set evaluation.source to heldout.",
+            )
+    kind = draft.spec.task.kind
+    if (
+        draft.sound("evaluation.metric", "task.kind")
+        and kind in ("causal-lm", "seq2seq-lm")
+        and evaluation.metric in ("accuracy", "macro_f1")
+    ):
+        yield Complaint(
+            "evaluation.metric",
+            shown(evaluation.metric),
+            f"loss, for {kind}",
+            "Remove it: only classification has classes to be right about.",
+        )
+    patience = draft.spec.rounds.early_stop_patience
+    if patience and evaluation.source == "none" and draft.sound("rounds.early_stop_patience", "evaluation.source"):
+        yield Complaint(
+            "rounds.early_stop_patience", str(patience), "0 where nothing is evaluated", "Remove it, or choose an evaluation.source."
+        )
+    if (
+        not patience
+        and draft.sets("rounds.early_stop_min_delta")
+        and draft.sound("rounds.early_stop_min_delta", "rounds.early_stop_patience")
+    ):
+        delta = draft.spec.rounds.early_stop_min_delta
+        if delta:
+            yield Complaint(
+                "rounds.early_stop_min_delta", str(delta), "0 without early_stop_patience", "Set rounds.early_stop_patience, or remove it."
+            )
+
+
+def _for_models(rule: Callable[[Draft], Iterator[Complaint]]) -> Callable[[Draft], Iterator[Complaint]]:
+    """The rule, for methods that have a model; echo ignores those sections, so that any job file can be tried as a link test."""
+
+    def applied(draft: Draft) -> Iterator[Complaint]:
+        if draft.spec.method.name != "echo":
+            yield from rule(draft)
+
+    return applied
+
+
+_RULES: tuple[Callable[[Draft], Iterator[Complaint]], ...] = (
+    _name,
+    _for_models(_model),
+    _for_models(_task),
+    _for_models(_lora),
+    _for_models(_data),
+    _for_models(_training),
+    _method,
+    _for_models(_evaluation),
+)

@@ -1,0 +1,276 @@
+"""What a job file may hold: one frozen model per section, one row per field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ModelTaskName = Literal["text-classification", "causal-lm", "seq2seq-lm"]
+MethodName = Literal["fedavg_lora", "echo"]
+ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
+EvaluationSource = Literal["devices", "heldout", "none"]
+MetricName = Literal["accuracy", "macro_f1", "loss"]
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""Names become folder names, keys in every device's configuration and arguments on command lines."""
+
+COLUMN_CHARACTERS_MAX = 128
+LABELS_MAX = 10_000
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_max_length=4096, hide_input_in_errors=True)
+
+NAME_WORDS = "1 to 63 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Beside a type: what it allows, for a person."""
+
+    words: str
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN), Words(NAME_WORDS)]
+Column = Annotated[str, Field(max_length=COLUMN_CHARACTERS_MAX)]
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+# TOML arrays arrive as lists; only the outer type is lax, the items stay strict.
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A section of the file. Every field has a default, so that one mistake never hides another; rules say what is required."""
+
+    model_config = _STRICT
+
+
+class ModelSection(Section):
+    base: str = Field(
+        default="",
+        description='Pretrained model: a Hugging Face id such as "org/name", or an absolute folder on the coordinator\'s machine.',
+    )
+    revision: str = Field(
+        default="",
+        max_length=128,
+        description="Commit hash, tag or branch of a hub id; empty takes the hub's default branch. Not for folders.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the frozen weights on the device; auto takes what the accelerator is good at."
+    )
+    allow_hub: bool = Field(
+        default=True, description="Whether the coordinator may fetch the model from the hub; false takes its local cache only."
+    )
+
+
+class TaskSection(Section):
+    kind: ModelTaskName | None = Field(default=None, description="What the model learns to do.")
+    labels: Texts = Field(
+        default=(),
+        max_length=LABELS_MAX,
+        description="Class names in id order. They stand here because a device may lack some classes. Classification only.",
+    )
+
+
+class LoraSection(Section):
+    rank: int = Field(default=8, ge=1, le=1024, description="Rank of the two small matrices beside each target.")
+    alpha: float = Field(default=16.0, gt=0, le=100_000, description="Scale: the adapter's product is multiplied by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Chance that an input element of the adapter is dropped while training.")
+    targets: Texts = Field(
+        default=(),
+        max_length=256,
+        description="Module name endings that get an adapter, such as \"query\"; empty takes PEFT's choice for the model's architecture.",
+    )
+    init_adapter: str = Field(
+        default="", description="Start from this adapter instead of a fresh one: an absolute PEFT folder on the coordinator, or a job id."
+    )
+
+
+class DataSection(Section):
+    name: Name | Literal[""] = Field(
+        default="", description="Name of the data; each device's own configuration says where its rows of that name lie."
+    )
+    text: Column = Field(default="", description="Column with the text.")
+    text_pair: Column = Field(default="", description="Column with a second text, for sentence pairs. Classification only.")
+    label: Column = Field(
+        default="", description="Column with the class, as a name from task.labels or as an index into it. Classification only."
+    )
+    input: Column = Field(default="", description="Column with the prompt or source text.")
+    target: Column = Field(default="", description="Column with the answer or target text.")
+    chat: Column = Field(
+        default="",
+        description="Column with a list of {role, content} messages, written with the tokenizer's chat template. causal-lm only.",
+    )
+    max_length: int = Field(
+        default=128, ge=2, le=131_072, description="Longest sequence; what is longer is cut.", json_schema_extra={"unit": "tokens"}
+    )
+    max_target_length: int = Field(
+        default=128, ge=2, le=131_072, description="Longest target. seq2seq-lm only.", json_schema_extra={"unit": "tokens"}
+    )
+    truncation: Literal["right", "left"] = Field(default="right", description="The side that is cut off.")
+    mask_prompt: bool | None = Field(
+        default=None, description="Compute the loss on the answer only. causal-lm with input and target, or chat."
+    )
+
+
+class TrainingSection(Section):
+    steps: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Optimiser steps of a device in a round; 0 goes by epochs.",
+        json_schema_extra={"unit": "steps"},
+    )
+    epochs: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Passes of a device over its rows in a round; 0 goes by steps.",
+        json_schema_extra={"unit": "passes"},
+    )
+    batch_size: int = Field(
+        default=16,
+        ge=1,
+        le=65_536,
+        description="Rows of one optimiser step, before accumulation; a device short of memory splits them.",
+        json_schema_extra={"unit": "rows"},
+    )
+    gradient_accumulation: int = Field(
+        default=1, ge=1, le=4096, description="Batches of one optimiser step.", json_schema_extra={"unit": "batches"}
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Save memory at the price of a second forward pass.")
+    learning_rate: float = Field(default=0.001, gt=0, le=10, description="AdamW's peak rate. The optimiser starts anew each round.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the rate falls over the steps of all rounds."
+    )
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="The rate rises from 0 over this many steps, counted over all rounds.",
+        json_schema_extra={"unit": "steps"},
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, le=1_000_000, description="Longer gradients are scaled down to this norm; 0 leaves them."
+    )
+
+
+class MethodSection(Section):
+    name: MethodName = Field(
+        default="fedavg_lora",
+        description="Who trains what and how updates are folded. echo is a link test that needs no model, task, lora, data or training.",
+    )
+    proximal_mu: float = Field(
+        default=0.0, ge=0, le=1000, description="FedProx: strength of the pull back to the round's global state; 0 is plain FedAvg."
+    )
+    server_optimizer: ServerOptimizer = Field(
+        default="none", description="How the coordinator applies the mean update; none adds it as it is."
+    )
+    server_learning_rate: float | None = Field(default=None, gt=0, le=100, description="Rate of the server optimiser.")
+    server_momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of fedavgm.")
+    server_beta1: float = Field(default=0.9, ge=0, lt=1, description="First-moment decay of fedadam and fedyogi.")
+    server_beta2: float = Field(default=0.99, ge=0, lt=1, description="Second-moment decay of fedadam and fedyogi.")
+    server_tau: float = Field(
+        default=0.001, gt=0, le=1, description="Adaptivity floor added to the root of the second moment of fedadam and fedyogi."
+    )
+    update_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Type of the updates on the wire; the halves halve the upload."
+    )
+    state_mib: float = Field(
+        default=1.0, gt=0, le=2048, description="Size of the state that echo moves.", json_schema_extra={"unit": "MiB"}
+    )
+
+
+class RoundsSection(Section):
+    count: int = Field(default=10, ge=1, le=100_000, description="Rounds at the most.", json_schema_extra={"unit": "rounds"})
+    deadline_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=2_592_000,
+        description="A round waits this long for its devices, then closes without the rest; 0 waits while they live.",
+        json_schema_extra={"unit": "seconds"},
+    )
+    quorum: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Part of the asked devices that must have delivered for a round to count.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    early_stop_patience: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="End after this many evaluations without a better metric; 0 never ends early.",
+        json_schema_extra={"unit": "evaluations"},
+    )
+    early_stop_min_delta: float = Field(
+        default=0.0, ge=0, le=1000, description="A metric is better only if it is better by more than this."
+    )
+
+
+class DevicesSection(Section):
+    minimum: int = Field(
+        default=1, ge=1, le=100_000, description="Devices that must be ready before a round begins.", json_schema_extra={"unit": "devices"}
+    )
+    per_round: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="Devices asked in each round, drawn by the job's seed; 0 asks all that are ready.",
+        json_schema_extra={"unit": "devices"},
+    )
+    tags: Texts = Field(default=(), max_length=64, description="Only devices that carry all of these tags.")
+    wait_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=2_592_000,
+        description="Give the job up when too few devices were ready for this long; 0 waits for ever.",
+        json_schema_extra={"unit": "seconds"},
+    )
+    keep_warm_s: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        description="A device keeps the model loaded this long after a task; its own setting may lower it.",
+        json_schema_extra={"unit": "seconds"},
+    )
+
+
+class EvaluationSection(Section):
+    source: EvaluationSource = Field(
+        default="devices",
+        description="Whose rows measure a round: each device's validation rows, a held-out file on the coordinator, or nobody's.",
+    )
+    every: int = Field(
+        default=1,
+        ge=1,
+        le=100_000,
+        description="Evaluate after every so many rounds, and after the last.",
+        json_schema_extra={"unit": "rounds"},
+    )
+    heldout: str = Field(default="", description="Absolute path of a JSONL file on the coordinator's machine, for source heldout.")
+    metric: MetricName | None = Field(default=None, description="What the best round and the early stop go by.")
+    max_rows: int = Field(
+        default=0,
+        ge=0,
+        le=100_000_000,
+        description="Rows measured at the most, on each device or of the held-out file; 0 is all.",
+        json_schema_extra={"unit": "rows"},
+    )
+
+
+class JobSpec(Section):
+    """A whole job file. What `jobspec.parse` returns is complete: settings that depend on others are filled in."""
+
+    name: Name | Literal[""] = Field(default="", description="What people call the job.")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seeds the initial adapter, the choice of devices, shuffling and dropout.")
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    method: MethodSection = MethodSection()
+    rounds: RoundsSection = RoundsSection()
+    devices: DevicesSection = DevicesSection()
+    evaluation: EvaluationSection = EvaluationSection()

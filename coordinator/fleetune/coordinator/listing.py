@@ -1,0 +1,86 @@
+"""Jobs, devices and log lines as tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from fleetune.coordinator.figures import bytes_text, duration_text, metric_text
+from fleetune.coordinator.watch import best_round, metric_of, state_style, state_word
+from fleetune.v1 import control_pb2 as pb
+
+
+def jobs(found: Sequence[pb.JobView], *, now_unix_s: float) -> RenderableType:
+    """One row a job, in the order given."""
+    table = _table("job", "name", "state", "rounds", "method", "age", "time", Column("", overflow="ellipsis", no_wrap=True))
+    for job in found:
+        start = job.started_unix_s or job.submitted_unix_s
+        table.add_row(
+            job.job_id,
+            job.name,
+            Text(state_word(job.state), style=state_style(job.state)),
+            f"{job.rounds_committed}/{job.rounds_total}",
+            job.method,
+            duration_text(max(0.0, now_unix_s - job.submitted_unix_s)),
+            duration_text(max(0.0, (job.ended_unix_s or now_unix_s) - start)),
+            Text(job.message or _best(job), style="dim"),
+        )
+    return table
+
+
+def _best(job: pb.JobView) -> str:
+    best = best_round(job)
+    value = metric_of(best.metrics, job.metric) if best is not None else None
+    return f"best {job.metric} {metric_text(job.metric, value)}" if value is not None else ""
+
+
+def devices(found: Sequence[pb.DeviceView], *, now_unix_s: float, width: int) -> RenderableType:
+    """One row a device, those online first; details beyond 100 columns."""
+    wide = width >= 100
+    heads = ["device", "state", "cores", "memory", "accelerator", "temp", "done", "failed"]
+    heads += ["board", "data", "tags"] if wide else []
+    table = _table(*heads, "seen")
+    for device in sorted(found, key=lambda item: (not item.online, item.name)):
+        profile, telemetry = device.profile, device.telemetry
+        available = telemetry.memory_available_bytes or profile.memory_available_bytes
+        cells: list[str | Text] = [device.name, _device_state(device), f"{profile.cores:g}" if profile.cores else "-"]
+        cells.append(f"{bytes_text(available)} of {bytes_text(profile.memory_total_bytes)}" if wide else bytes_text(available))
+        cells.append(profile.accelerator_name or profile.accelerator or "-")
+        cells.append(f"{telemetry.temperature_c:.0f} °C" if telemetry.HasField("temperature_c") else "-")
+        cells += [str(device.updates_accepted), str(device.failures) if device.failures else "-"]
+        if wide:
+            cells += [profile.board or profile.machine or "-", ", ".join(device.data_names) or "-", ", ".join(device.tags) or "-"]
+        seen = "now" if device.online else f"{duration_text(max(0.0, now_unix_s - device.last_seen_unix_s))} ago"
+        table.add_row(*cells, seen if device.last_seen_unix_s or device.online else "never")
+    return table
+
+
+def _device_state(device: pb.DeviceView) -> Text:
+    if not device.online:
+        return Text("offline", style="yellow")
+    if device.task_id:
+        return Text("at work", style="cyan")
+    if not device.availability.accepts_tasks:
+        return Text(f"not now: {device.availability.reason}" if device.availability.reason else "not now", style="yellow")
+    return Text("ready", style="green")
+
+
+def log_lines(lines: Sequence[pb.LogLine]) -> Text:
+    """Time, device and round before each line, as a log reader expects."""
+    width = max(len(line.device_name) for line in lines)
+    text = Text()
+    for line in lines:
+        clock = time.strftime("%H:%M:%S", time.localtime(line.unix_s))
+        text.append(f"{clock}  {line.device_name:<{width}}  r{line.round}  ", style="dim")
+        text.append(line.text.rstrip("\n") + "\n")
+    text.right_crop(1)
+    return text
+
+
+def _table(*heads: str | Column) -> Table:
+    columns = [head if isinstance(head, Column) else Column(head, no_wrap=True, overflow="ellipsis") for head in heads]
+    return Table(*columns, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,0 +1,8 @@
+"""The methods this coordinator knows, by name."""
+
+from __future__ import annotations
+
+from fleetune.coordinator.methods import echo, fedavg_lora
+from fleetune.coordinator.methods.base import Method
+
+METHODS: dict[str, Method] = {method.name: method for method in (echo.METHOD, fedavg_lora.METHOD)}

@@ -1,0 +1,1 @@
+"""The coordinator's only process that imports torch: first adapter, block map, evaluation."""

@@ -1,0 +1,18 @@
+"""The model host's entry: requests in, results out."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fleetune.child.entry import serve
+from fleetune.coordinator.modelhost import host
+
+
+def main() -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return serve({"prepare": host.prepare, "evaluate": host.evaluate})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What the coordinator needs the model for: the first adapter with its registry and blocks, and metrics on held-out rows."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fleetune.child.entry import Emit
+from fleetune.errors import ModelError
+from fleetune.model import accelerator as accelerators
+from fleetune.model import adapter, bases, batches, evaluation, lora, rows
+from fleetune.model import recipe as recipes
+from fleetune.model.batches import Examples
+from fleetune.v1 import messages_pb2
+from fleetune.wire import basefiles, codec
+
+
+def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
+    """Writes the job's first adapter into `out_folder` and tells what it consists of.
+
+    Fields: base (folder or hub id), revision, allow_hub, recipe (base64 of the message), seed, init_adapter (folder or null), out_folder.
+    Optional: digest_cache, a file that spares reading an unchanged base again; accelerator; threads.
+    """
+    recipe = _recipe(fields)
+    emit("progress", stage="loading", done=0, total=3)
+    found = bases.resolve(str(fields["base"]), str(fields.get("revision") or ""), bool(fields.get("allow_hub")))
+    cache = fields.get("digest_cache")
+    files = basefiles.scan(found.folder, cache=Path(str(cache)) if cache else None)
+    emit("progress", stage="loading", done=1, total=3)
+    adapted = lora.load(found.folder, recipe, _accelerator(fields), seed=int(str(fields.get("seed") or 0)))
+    if fields.get("init_adapter"):
+        adapter.load_existing(adapted, Path(str(fields["init_adapter"])))
+    emit("progress", stage="loading", done=2, total=3)
+    out_folder = Path(str(fields["out_folder"]))
+    out_folder.mkdir(parents=True, exist_ok=True)
+    adapter.write_config(out_folder / adapter.CONFIG_NAME, adapted, found.hub_id or found.public_name)
+    written = adapter.write_state(out_folder / adapter.STATE_NAME, adapted)
+    table = codec.read_table(written.path)
+    _keep(_Key(str(found.folder), str(fields["recipe"]), adapted.accelerator.kind), adapted)
+    emit("progress", stage="loading", done=3, total=3)
+    return {
+        "trainables_digest": codec.trainables_digest(table),
+        "state_digest": written.digest,
+        "size_bytes": written.size_bytes,
+        "base_digest": files.digest,
+        "base_folder": str(found.folder),
+        "base_name": found.hub_id or found.public_name,
+        "hub_id": found.hub_id,
+        "revision": found.revision,
+        "files": [{"name": file.name, "digest": file.digest, "size_bytes": file.size_bytes} for file in files.files],
+        "blocks": lora.blocks(table.names),
+        "parameters": adapted.parameter_count,
+        "trainable_parameters": adapted.trainable_count,
+    }
+
+
+def evaluate(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
+    """Metrics of a state on the coordinator's held-out rows.
+
+    Fields: base_folder, recipe, state_path, rows_path. Optional: rows_format, accelerator, threads. The model and the tokenised
+    rows of the last job stay in memory.
+    """
+    recipe = _recipe(fields)
+    folder = Path(str(fields["base_folder"]))
+    accelerator = _accelerator(fields)
+    key = _Key(str(folder), str(fields["recipe"]), accelerator.kind)
+    emit("progress", stage="loading", done=0, total=1)
+    held = _WARM.get("model")
+    if held is None or held.key != key:
+        held = None
+        _WARM.clear()
+        held = _keep(key, lora.load(folder, recipe, accelerator))
+    examples = _examples(held, Path(str(fields["rows_path"])), str(fields.get("rows_format") or "") or None)
+    adapter.load_state(held.adapted, Path(str(fields["state_path"])))
+
+    def on_progress(done: int, total: int) -> None:
+        emit("progress", stage="evaluating", done=done, total=total)
+
+    measured = evaluation.evaluate(held.adapted, examples.items, on_progress=on_progress)
+    return {"metrics": dict(measured.metrics), "rows": measured.rows}
+
+
+@dataclass(frozen=True)
+class _Key:
+    folder: str
+    recipe: str
+    accelerator: str
+
+
+@dataclass
+class _Held:
+    """The model of the last request and its tokenised rows by file state. Owned by this module."""
+
+    key: _Key
+    adapted: lora.AdaptedModel
+    examples: dict[tuple[str, int, int], Examples] = field(default_factory=dict)
+
+
+_WARM: dict[str, _Held] = {}
+
+
+def _keep(key: _Key, adapted: lora.AdaptedModel) -> _Held:
+    held = _Held(key, adapted)
+    _WARM["model"] = held
+    return held
+
+
+def _examples(held: _Held, path: Path, file_format: str | None) -> Examples:
+    status = path.stat() if path.is_file() else None
+    key = (str(path), status.st_size if status else 0, status.st_mtime_ns if status else 0)
+    if key not in held.examples:
+        found = rows.read(path, file_format, held.adapted.recipe)
+        held.examples.clear()
+        held.examples[key] = batches.encode(found, held.adapted.recipe, held.adapted.tokenizer)
+    return held.examples[key]
+
+
+def _recipe(fields: Mapping[str, object]) -> recipes.Recipe:
+    try:
+        message = messages_pb2.Recipe.FromString(base64.b64decode(str(fields["recipe"])))
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"The request's recipe cannot be read: {error}.", "This is a bug of the coordinator; report it.") from error
+    return recipes.from_proto(message)
+
+
+def _accelerator(fields: Mapping[str, object]) -> accelerators.Accelerator:
+    accelerators.set_threads(int(str(fields.get("threads") or 0)))
+    return accelerators.pick(str(fields.get("accelerator") or "cpu"))

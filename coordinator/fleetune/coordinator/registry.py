@@ -1,0 +1,145 @@
+"""Which devices are connected, under which name, and which of them may take a job's task now. Pure: `now` is an argument.
+
+All times are of a monotonic clock, so that a jump of the wall clock ends no session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fleetune.coordinator.domain import Candidate
+
+RefusalKind = Literal["duplicate_id", "name_taken", "invalid"]
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What an agent says of itself when it connects."""
+
+    device_id: str
+    name: str
+    instance_id: str
+    tags: frozenset[str] = frozenset()
+    data_names: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
+    accepts_tasks: bool = True
+    reason: str = ""
+    address: str = ""
+
+
+@dataclass
+class Session:
+    """One live control stream. Written only by the registry."""
+
+    session_id: int
+    greeting: Greeting
+    accepts_tasks: bool
+    reason: str
+    last_heard_s: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a session is not opened; `retry_after_s` 0 means that trying again does not help."""
+
+    kind: RefusalKind
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job asks of a device."""
+
+    method: str
+    data_name: str
+    tags: frozenset[str]
+
+
+@dataclass
+class Registry:
+    """Live sessions by device id. Written only by the fleet service and the engine, on the event loop."""
+
+    lease_s: float
+    names: dict[str, str] = field(default_factory=dict)
+    """Device name -> device id, of every device ever seen."""
+    sessions: dict[str, Session] = field(default_factory=dict)
+    _next_session: int = 1
+
+    def admit(self, greeting: Greeting, now_s: float) -> Session | Refused:
+        """Open a session, replacing one of the same agent process; the second holder of an id or a name is refused by name."""
+        current = self.sessions.get(greeting.device_id)
+        if current is not None and current.greeting.instance_id != greeting.instance_id:
+            silent_s = now_s - current.last_heard_s
+            if silent_s < self.lease_s:
+                return Refused(
+                    "duplicate_id",
+                    f"device id {greeting.device_id} is in use by {current.greeting.name!r} ({current.greeting.address}); "
+                    f"{greeting.name!r} ({greeting.address}) has a copy of its id file. "
+                    "Delete the id file in the state_dir of the copy and start it again.",
+                    retry_after_s=max(1.0, self.lease_s - silent_s),
+                )
+        owner = self.names.get(greeting.name)
+        if owner is not None and owner != greeting.device_id:
+            return Refused(
+                "name_taken",
+                f"the name {greeting.name!r} belongs to another device (id {owner}); choose another one with --name.",
+                retry_after_s=0.0,
+            )
+        for name in [n for n, device_id in self.names.items() if device_id == greeting.device_id]:
+            del self.names[name]
+        self.names[greeting.name] = greeting.device_id
+        session = Session(self._next_session, greeting, greeting.accepts_tasks, greeting.reason, now_s)
+        self._next_session += 1
+        self.sessions[greeting.device_id] = session
+        return session
+
+    def leave(self, session: Session) -> bool:
+        """End `session`; False where a newer one of the same device has taken its place."""
+        if self.sessions.get(session.greeting.device_id) is not session:
+            return False
+        del self.sessions[session.greeting.device_id]
+        return True
+
+    def silent(self, now_s: float) -> list[Session]:
+        """Sessions not heard of for longer than the lease."""
+        return [s for s in self.sessions.values() if now_s - s.last_heard_s > self.lease_s]
+
+    def candidates(self, needs: Needs, busy: Collection[str]) -> tuple[Candidate, ...]:
+        """Devices that are connected, willing, free and able to do `needs`."""
+        return tuple(
+            Candidate(s.greeting.device_id, s.greeting.name)
+            for s in self.sessions.values()
+            if s.accepts_tasks and s.greeting.device_id not in busy and not lacks(s.greeting, needs)
+        )
+
+    def explain(self, needs: Needs, busy: Collection[str]) -> dict[str, str]:
+        """Device name -> why it may not take the job's task now."""
+        reasons: dict[str, str] = {}
+        for session in self.sessions.values():
+            greeting = session.greeting
+            if missing := lacks(greeting, needs):
+                reasons[greeting.name] = missing
+            elif not session.accepts_tasks:
+                reasons[greeting.name] = session.reason or "its owner's limits forbid it now"
+            elif greeting.device_id in busy:
+                reasons[greeting.name] = "works on another task"
+        return reasons
+
+
+def lacks(greeting: Greeting, needs: Needs) -> str:
+    """What the device lacks for `needs`, or an empty string."""
+    if needs.method not in greeting.methods:
+        return f"its agent does not know method {needs.method!r}"
+    if needs.data_name and needs.data_name not in greeting.data_names:
+        return f"it has no data named {needs.data_name!r}"
+    if missing := needs.tags - greeting.tags:
+        return "it lacks the tag " + ", ".join(sorted(missing))
+    return ""
+
+
+def names_of(devices: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+    """(device_id, name) pairs as the name -> id map that a registry starts from."""
+    return {name: device_id for device_id, name in devices}

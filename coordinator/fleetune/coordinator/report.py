@@ -1,0 +1,145 @@
+"""What became of a job: its rounds, the devices' shares, its failures, as tables or as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from fleetune.coordinator.figures import bytes_text, count_text, duration_text, metric_text
+from fleetune.coordinator.jsonview import Json, enum_word, message_json
+from fleetune.coordinator.watch import best_round, metric_name, metric_of, problem_text, rounds_table, state_style, state_word, trained_by
+from fleetune.v1 import control_pb2 as pb
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """What one device gave to a job."""
+
+    device: str
+    rounds_asked: int
+    rounds_done: int
+    samples: int
+    share: float
+    """Of all samples folded, 0 to 1."""
+    failed: int
+    missed: int
+    late: int
+    refused: int
+
+
+def device_shares(job: pb.JobView) -> list[DeviceShare]:
+    """Each device's part in the committed rounds, the largest first."""
+    asked: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
+    ends: dict[str, Counter[int]] = {}
+    for task in (task for item in job.history for task in trained_by(item)):
+        asked[task.device_name] += 1
+        ends.setdefault(task.device_name, Counter())[task.state] += 1
+        if task.state == pb.DEVICE_TASK_STATE_DONE:
+            samples[task.device_name] += task.samples
+    total = sum(samples.values())
+    shares = [
+        DeviceShare(
+            device=name,
+            rounds_asked=asked[name],
+            rounds_done=ends[name][pb.DEVICE_TASK_STATE_DONE],
+            samples=samples[name],
+            share=samples[name] / total if total else 0.0,
+            failed=ends[name][pb.DEVICE_TASK_STATE_FAILED],
+            missed=ends[name][pb.DEVICE_TASK_STATE_MISSED],
+            late=ends[name][pb.DEVICE_TASK_STATE_LATE],
+            refused=ends[name][pb.DEVICE_TASK_STATE_REFUSED],
+        )
+        for name in asked
+    ]
+    return sorted(shares, key=lambda share: (-share.samples, share.device))
+
+
+def report_json(job: pb.JobView) -> dict[str, Json]:
+    """The job as it is, with the devices' shares and the failures beside."""
+    shares: list[Json] = [dict(asdict(share)) for share in device_shares(job)]
+    failures: list[Json] = [
+        {
+            "round": item.round,
+            "device": task.device_name,
+            "state": enum_word("DeviceTaskState", pb.DeviceTaskState.Name(task.state)),
+            **_failure(task),
+        }
+        for item in job.history
+        for task in item.tasks
+        if problem_text(task)
+    ]
+    return {**message_json(job), "devices": shares, "failures": failures}
+
+
+def _failure(task: pb.DeviceTask) -> dict[str, Json]:
+    view = message_json(task.failure)
+    return {name: view[name] for name in ("kind", "stage", "message", "traceback")}
+
+
+def report(job: pb.JobView, *, now_unix_s: float, width: int) -> RenderableType:
+    """The report as a person reads it; pure."""
+    parts: list[RenderableType] = [_facts(job, now_unix_s)]
+    if job.history:
+        parts += [Text(), rounds_table(job, width=width)]
+    shares = device_shares(job)
+    if shares:
+        parts += [Text(), _shares_table(shares)]
+    problems = [(item.round, text) for item in job.history for task in item.tasks if (text := problem_text(task))]
+    if problems:
+        parts += [Text(), Text(f"{count_text(len(problems), 'device task')} without a result", style="bold")]
+        parts += [Text(f"  round {number}: {text}") for number, text in problems[:20]]
+        if len(problems) > 20:
+            parts.append(Text(f"  and {len(problems) - 20} more (--json shows all)", style="dim"))
+    if job.failure.traceback:
+        parts += [
+            Text(),
+            Text(f"traceback of {job.failed_device or 'the coordinator'}", style="bold"),
+            Text(job.failure.traceback.rstrip(), style="dim"),
+        ]
+    return Group(*parts)
+
+
+def _facts(job: pb.JobView, now_unix_s: float) -> RenderableType:
+    grid = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    grid.add_row("job", Text.assemble((job.name, "bold"), f"  {job.job_id}"))
+    state = Text(state_word(job.state), style=f"bold {state_style(job.state)}")
+    grid.add_row("state", Text.assemble(state, f": {job.message}" if job.message else ""))
+    grid.add_row("method", " · ".join(part for part in (job.method, job.model_task) if part))
+    if job.base:
+        grid.add_row("base", job.base)
+    rounds = f"{job.rounds_committed} of {job.rounds_total} committed"
+    start = job.started_unix_s or job.submitted_unix_s
+    grid.add_row("rounds", f"{rounds}, {duration_text(max(0.0, (job.ended_unix_s or now_unix_s) - start))}" if start else rounds)
+    name = metric_name(job)
+    before, best = metric_of(job.initial_metrics, name), best_round(job)
+    last = metric_of(job.history[-1].metrics, name) if job.history else None
+    if last is not None:
+        text = metric_text(name, last) if before is None else f"{metric_text(name, before)} before, {metric_text(name, last)} after"
+        grid.add_row(name.replace("_", " "), text)
+    if best is not None:
+        own = job.metric or "loss"
+        grid.add_row("best round", f"{best.round} ({own.replace('_', ' ')} {metric_text(own, metric_of(best.metrics, own))})")
+    grid.add_row("bytes", f"up {bytes_text(job.upload_bytes)}, down {bytes_text(job.download_bytes)}")
+    if job.adapter_folder:
+        grid.add_row("adapter", f"{job.adapter_folder}  (on the coordinator; `fleetune export {job.job_id} DIR` copies it)")
+    return grid
+
+
+def _shares_table(shares: list[DeviceShare]) -> RenderableType:
+    table = Table(
+        Column("device", no_wrap=True),
+        *(Column(head, justify="right", no_wrap=True) for head in ("rounds", "samples", "share", "failed", "missed", "late", "refused")),
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for item in shares:
+        ends = [str(count) if count else "-" for count in (item.failed, item.missed, item.late, item.refused)]
+        table.add_row(item.device, f"{item.rounds_done}/{item.rounds_asked}", f"{item.samples:,}", f"{item.share:.1%}", *ends)
+    return table

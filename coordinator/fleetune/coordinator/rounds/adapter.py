@@ -1,0 +1,164 @@
+"""The result of a committed round on disk: a PEFT adapter folder that loads as it is, and a manifest of what went into it.
+
+    jobs/<job>/rounds/0007/adapter_model.safetensors   hard link of the global state's blob: no second copy
+                           adapter_config.json  README.md  manifest.json
+    jobs/<job>/best -> rounds/0005     jobs/<job>/final -> rounds/0007
+
+A folder is a projection of the database: it is written after the commit, and written again by a restart that misses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetune.coordinator.domain import Prepared, RoundEntry
+from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.store.blobs import BlobStore
+
+STATE_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+README_FILE = "README.md"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Everything a round's folder is made of."""
+
+    job_id: str
+    spec: JobSpec
+    prepared: Prepared
+    entry: RoundEntry
+
+
+def folder(jobs: Path, job_id: str, round_number: int) -> Path:
+    return jobs / job_id / "rounds" / f"{round_number:04d}"
+
+
+def write(jobs: Path, blobs: BlobStore, adapter: Adapter) -> Path:
+    """Write the folder aside and rename it; what is there already stays. Returns the folder. Blocks on disk."""
+    target = folder(jobs, adapter.job_id, adapter.entry.number)
+    if target.exists():
+        return target
+    assert adapter.entry.state is not None
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    try:
+        blobs.link_out(adapter.entry.state.digest, aside / STATE_FILE)
+        for name, text in texts(adapter).items():
+            (aside / name).write_text(text, encoding="utf-8")
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target
+
+
+def texts(adapter: Adapter) -> dict[str, str]:
+    """The folder's files beside the tensors: name -> content."""
+    files = {MANIFEST_FILE: manifest(adapter), README_FILE: readme(adapter)}
+    if adapter.prepared.adapter_config:
+        files[CONFIG_FILE] = adapter.prepared.adapter_config
+    return files
+
+
+def point(jobs: Path, job_id: str, name: str, round_number: int) -> None:
+    """Let the link `name` ("best", "final") of the job lead to a round's folder."""
+    link = jobs / job_id / name
+    aside = link.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
+    aside.symlink_to(Path("rounds") / f"{round_number:04d}")
+    os.replace(aside, link)
+
+
+def drop(jobs: Path, job_id: str, round_number: int) -> None:
+    """Remove a round's folder; readers that opened a file keep it."""
+    target = folder(jobs, job_id, round_number)
+    if target.exists():
+        shutil.rmtree(target)
+
+
+def manifest(adapter: Adapter) -> str:
+    """Who contributed what: enough to recompute the fold from the updates."""
+    entry, prepared = adapter.entry, adapter.prepared
+    assert entry.state is not None
+    assert entry.start_state is not None
+    document = {
+        "format": "fleetune-adapter/1",
+        "job": adapter.job_id,
+        "name": adapter.spec.name,
+        "round": entry.number,
+        "method": adapter.spec.method.name,
+        "base": {"hub_id": prepared.hub_id, "revision": prepared.revision, "name": prepared.base_name, "digest": prepared.base_digest},
+        "start_state": {"digest": entry.start_state.digest, "bytes": entry.start_state.size_bytes},
+        "state": {"file": STATE_FILE, "digest": entry.state.digest, "bytes": entry.state.size_bytes},
+        "trainables_digest": prepared.trainables_digest,
+        "devices": [
+            {
+                "name": task.device_name,
+                "id": task.device_id,
+                "weight": task.update.samples,
+                "bytes": task.update.blob.size_bytes,
+                "digest": task.update.blob.digest,
+                "metrics": task.update.metrics,
+            }
+            for task in entry.trained()
+            if task.update
+        ],
+        "metrics": entry.metrics,
+        "evaluation_rows": entry.evaluation_rows,
+        "started_unix_s": entry.started_unix_s,
+        "ended_unix_s": entry.ended_unix_s,
+    }
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def readme(adapter: Adapter) -> str:
+    """A model card: labels, how to load it, what trained it."""
+    spec, prepared, entry = adapter.spec, adapter.prepared, adapter.entry
+    base = prepared.hub_id or prepared.base_name
+    lines = ["---", *(["library_name: peft"] if prepared.adapter_config else [])]
+    if prepared.hub_id:
+        lines.append(f"base_model: {prepared.hub_id}")
+    lines += [
+        "tags: [fleetune, federated]",
+        "---",
+        f"# {spec.name}, round {entry.number}",
+        "",
+        f"Trained by Fleetune with method `{spec.method.name}` on {len(entry.trained())} devices; their data never left them.",
+        "",
+    ]
+    if prepared.base_digest:
+        lines += [
+            f"- Base: `{base}`" + (f" at revision `{prepared.revision}`" if prepared.revision else ""),
+            f"- Base digest: `{prepared.base_digest}`",
+            f"- LoRA: rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, targets {', '.join(spec.lora.targets) or 'PEFT defaults'}",
+        ]
+    lines += [f"- {name}: {value:.4f} on {entry.evaluation_rows} rows" for name, value in sorted(entry.metrics.items())]
+    if spec.task.labels:
+        lines += ["", "## Labels", "", *(f"{index}. `{label}`" for index, label in enumerate(spec.task.labels))]
+    if prepared.adapter_config:
+        lines += ["", "## Load it", "", "```python", *loading_lines(spec, base, "."), "```"]
+    return "\n".join(lines) + "\n"
+
+
+AUTO_CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+
+def loading_lines(spec: JobSpec, base: str, adapter_folder: str) -> list[str]:
+    """Three lines of Python that load the adapter on its base."""
+    auto = AUTO_CLASSES[spec.task.kind or "causal-lm"]
+    labels = f", num_labels={len(spec.task.labels)}" if spec.task.labels else ""
+    return [
+        f"from transformers import {auto}; from peft import PeftModel",
+        f'base = {auto}.from_pretrained("{base}"{labels})',
+        f'model = PeftModel.from_pretrained(base, "{adapter_folder}")',
+    ]

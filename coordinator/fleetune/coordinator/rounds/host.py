@@ -1,0 +1,95 @@
+"""The model host as the engine sees it: a child process that makes initial adapters and measures states, one request at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from fleetune.child.process import ChildDied, ChildError, ChildProcess, OnEvent
+from fleetune.coordinator.domain import Blob, Evaluation, Failure, FailureKind, Prepared
+from fleetune.errors import FleetuneError
+from fleetune.v1 import messages_pb2
+
+MODULE = "fleetune.coordinator.modelhost"
+
+KINDS: frozenset[str] = frozenset(FailureKind.__args__)
+
+
+class HostError(FleetuneError):
+    """The model host could not do it; `failure` says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class ModelHost:
+    """Owns the child. Started when first needed, ended by `rest` when no job needs it and by `close`."""
+
+    def __init__(self) -> None:
+        self._child = ChildProcess(MODULE)
+        self._turn = asyncio.Lock()
+
+    async def prepare(self, request: Mapping[str, object], on_event: OnEvent | None = None) -> tuple[Prepared, Path]:
+        """The initial adapter, and the folder that holds it and its configuration."""
+        out = Path(str(request["out_folder"]))
+        answer = await self._ask("prepare", request, on_event)
+        files = cast("list[dict[str, object]]", answer["files"])
+        prepared = Prepared(
+            state=Blob(str(answer["state_digest"]), _int(answer["size_bytes"])),
+            trainables_digest=str(answer["trainables_digest"]),
+            base_digest=str(answer["base_digest"]),
+            hub_id=str(answer["hub_id"]),
+            revision=str(answer["revision"]),
+            base_name=str(answer.get("base_name") or answer["hub_id"]),
+            base_folder=str(answer["base_folder"]),
+            files=tuple((str(f["name"]), str(f["digest"]), _int(f["size_bytes"])) for f in files),
+            adapter_config=(out / "adapter_config.json").read_text(encoding="utf-8"),
+            parameters=_int(answer["parameters"]),
+            trainable_parameters=_int(answer["trainable_parameters"]),
+        )
+        return prepared, out
+
+    async def evaluate(self, base_folder: str, recipe: messages_pb2.Recipe, state: Path, rows: Path) -> Evaluation:
+        fields = {
+            "base_folder": base_folder,
+            "recipe": encode(recipe),
+            "state_path": str(state),
+            "rows_path": str(rows),
+        }
+        answer = await self._ask("evaluate", fields, None)
+        metrics = cast("dict[str, float]", answer["metrics"])
+        return Evaluation({name: float(value) for name, value in metrics.items()}, _int(answer["rows"]))
+
+    async def rest(self) -> None:
+        """End the child until it is needed again."""
+        async with self._turn:
+            await self._child.stop()
+
+    async def close(self) -> None:
+        await self._child.stop()
+
+    async def _ask(self, op: str, fields: Mapping[str, object], on_event: OnEvent | None) -> dict[str, object]:
+        async with self._turn:
+            try:
+                return await self._child.request(op, fields, on_event)
+            except ChildError as error:
+                kind = error.kind if error.kind in KINDS else "internal"
+                raise HostError(Failure(cast("FailureKind", kind), error.stage or op, error.message, error.traceback)) from error
+            except ChildDied as error:
+                await self._child.stop()
+                kind = "out_of_memory" if error.death.out_of_memory else "crash"
+                raise HostError(Failure(kind, op, error.message, error.death.stderr_tail)) from error
+
+
+def encode(message: messages_pb2.Recipe) -> str:
+    return base64.b64encode(message.SerializeToString()).decode("ascii")
+
+
+def _int(value: object) -> int:
+    if not isinstance(value, int):
+        raise FleetuneError(f"the model host answered {value!r} where a whole number belongs.")
+    return value

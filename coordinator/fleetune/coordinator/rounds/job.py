@@ -1,0 +1,83 @@
+"""A job in the coordinator's memory: its file, its machine, its committed rounds and what its devices report meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from fleetune.coordinator.domain import ENDED, RoundEntry
+from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.methods.base import Method
+from fleetune.coordinator.registry import Needs
+from fleetune.coordinator.rounds.machine import JobMachine, JobPlan
+from fleetune.v1 import messages_pb2
+from fleetune.wire.codec import TensorTable
+
+
+@dataclass
+class Progress:
+    """The last word of a device about its task. Lost by a restart; nothing decides by it but the stall check."""
+
+    stage: int = 0
+    done: int = 0
+    total: int = 0
+    loss: float | None = None
+    moved_monotonic_s: float = 0.0
+
+
+@dataclass
+class LiveJob:
+    """Written only by the engine, on the event loop."""
+
+    job_id: str
+    spec: JobSpec
+    toml: str
+    submit_id: str
+    submitted_unix_s: float
+    method: Method
+    recipe: messages_pb2.Recipe
+    machine: JobMachine
+    history: list[RoundEntry] = field(default_factory=list)
+    progress: dict[str, Progress] = field(default_factory=dict)
+    table: TensorTable | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    version: int = 0
+    host_stage: str = ""
+    work: set[asyncio.Task[None]] = field(default_factory=set)
+    """What runs off the loop for this job: preparing, folding, publishing."""
+
+    @property
+    def ended(self) -> bool:
+        return self.machine.status in ENDED
+
+    @property
+    def needs(self) -> Needs:
+        name = self.spec.data.name if self.method.needs_model else ""
+        return Needs(self.method.name, name, frozenset(self.spec.devices.tags))
+
+    def touch(self) -> None:
+        """Wake those who watch."""
+        self.version += 1
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+def plan_of(job_id: str, spec: JobSpec, absent_grace_s: float) -> JobPlan:
+    """What the round machine must know of a job file."""
+    default_metric = "accuracy" if spec.task.kind == "text-classification" else "loss"
+    return JobPlan(
+        job_id=job_id,
+        rounds=spec.rounds.count,
+        minimum=spec.devices.minimum,
+        per_round=spec.devices.per_round,
+        quorum=spec.rounds.quorum,
+        deadline_s=spec.rounds.deadline_s,
+        wait_s=spec.devices.wait_s,
+        seed=spec.seed,
+        evaluation=spec.evaluation.source,
+        evaluate_every=spec.evaluation.every,
+        metric=spec.evaluation.metric or default_metric,
+        patience=spec.rounds.early_stop_patience,
+        min_delta=spec.rounds.early_stop_min_delta,
+        absent_grace_s=absent_grace_s,
+    )

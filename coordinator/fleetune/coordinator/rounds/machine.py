@@ -1,0 +1,685 @@
+"""The round machine of one job: events in, commands out, no I/O.
+
+    queued -> preparing -> waiting <-> running (training -> folding -> evaluating -> committed) -> completed | failed | cancelled
+                              ^___________ paused ___________|
+
+Everything that happens to a job reaches `JobMachine.handle` as an event with the time it happened; what is to be done about it
+comes back as commands, which the engine carries out only after the new state is committed. All of a machine's state is plain
+data (`snapshot` / `restore`), so that a restarted coordinator goes on with the open round.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Union
+
+from fleetune.coordinator.domain import (
+    ENDED,
+    LASTING,
+    Blob,
+    Candidate,
+    Evaluation,
+    EvaluationSource,
+    Failure,
+    FoldOutcome,
+    JobStatus,
+    Metrics,
+    Prepared,
+    RoundEntry,
+    TaskEntry,
+    TaskKind,
+    TaskStatus,
+    Update,
+)
+
+ROUND_ATTEMPTS = 5
+"""A round that misses its quorum is opened again this often before the job fails."""
+
+DEVICE_FAILURES = 3
+"""Failures in a row after which a device gets no more tasks of this job."""
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What the machine must know of the job file."""
+
+    job_id: str
+    rounds: int
+    minimum: int
+    per_round: int
+    quorum: float
+    deadline_s: float
+    wait_s: float
+    seed: int
+    evaluation: EvaluationSource
+    evaluate_every: int
+    metric: str
+    patience: int
+    min_delta: float
+    absent_grace_s: float
+
+
+# --- events ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    """The job's turn has come."""
+
+
+@dataclass(frozen=True)
+class PreparedEvent:
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class HostFailed:
+    """Preparing, folding or evaluating on the coordinator went wrong."""
+
+    stage: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Devices that may take a task now; the machine takes what it needs."""
+
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """A verified, durable update of an open task."""
+
+    task_id: str
+    update: Update
+
+
+@dataclass(frozen=True)
+class UpdateLate:
+    """An update whose round or task is over: recorded, not folded."""
+
+    task_id: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class EvaluationArrived:
+    task_id: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class TaskFailed:
+    task_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class TaskRefused:
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeviceOffline:
+    device_id: str
+
+
+@dataclass(frozen=True)
+class DeviceOnline:
+    """The device is back; `held` are the ids of tasks that it still works on or has finished."""
+
+    device_id: str
+    held: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The fold of `round_number` is done; `candidates` may evaluate it."""
+
+    round_number: int
+    outcome: FoldOutcome
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class HeldoutEvaluated:
+    round_number: int
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time has passed; deadlines are looked at."""
+
+
+@dataclass(frozen=True)
+class CancelRequested:
+    reason: str
+
+
+@dataclass(frozen=True)
+class PauseRequested:
+    pass
+
+
+@dataclass(frozen=True)
+class ResumeRequested:
+    pass
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The coordinator has restarted: commands whose effect was only in memory are given again."""
+
+
+Event = Union[
+    Started,
+    PreparedEvent,
+    HostFailed,
+    Offered,
+    UpdateArrived,
+    UpdateLate,
+    EvaluationArrived,
+    TaskFailed,
+    TaskRefused,
+    DeviceOffline,
+    DeviceOnline,
+    Folded,
+    HeldoutEvaluated,
+    Ticked,
+    CancelRequested,
+    PauseRequested,
+    ResumeRequested,
+    Restarted,
+]
+
+
+# --- commands -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Make the initial state (and measure it on the held-out set, if there is one)."""
+
+
+@dataclass(frozen=True)
+class SendTask:
+    task_id: str
+    device_id: str
+    kind: TaskKind
+    round_number: int
+    lease: int
+    state: Blob
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True)
+class WithdrawTask:
+    """Tell the device to drop the task."""
+
+    task_id: str
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Contribution:
+    device_id: str
+    blob: Blob
+    weight: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    round_number: int
+    state: Blob
+    optimizer: Blob | None
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True)
+class EvaluateHeldout:
+    round_number: int
+    state: Blob
+
+
+@dataclass(frozen=True)
+class CommitRound:
+    """The round is over for good; its record is stored with the same transaction."""
+
+    entry: RoundEntry
+
+
+@dataclass(frozen=True)
+class AbandonRound:
+    """The round missed its quorum; its updates are not folded."""
+
+    entry: RoundEntry
+    reason: str
+
+
+@dataclass(frozen=True)
+class EndJob:
+    status: JobStatus
+
+
+Command = Union[Prepare, SendTask, WithdrawTask, Fold, EvaluateHeldout, CommitRound, AbandonRound, EndJob]
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JobMachine:
+    """State of one job and the rules by which it changes. Written only through `handle`.
+
+    Invariants (`validate`): `round` is set exactly while a round is open; a task is in `round.tasks` under its own id; leases
+    only grow; an ended job has no open round.
+    """
+
+    plan: JobPlan
+    status: JobStatus = "queued"
+    message: str = ""
+    round: RoundEntry | None = None
+    committed: int = 0
+    attempts: int = 0
+    lease: int = 0
+    prepared: Prepared | None = None
+    state: Blob | None = None
+    optimizer: Blob | None = None
+    best_round: int = 0
+    best_value: float | None = None
+    rounds_without_gain: int = 0
+    failures_in_row: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+    last_failure: Failure | None = None
+    last_failure_device: str = ""
+    waiting_since_unix_s: float = 0.0
+    paused: bool = False
+    started_unix_s: float = 0.0
+    ended_unix_s: float = 0.0
+
+    # -- what others may ask
+
+    def open_task(self, task_id: str) -> TaskEntry | None:
+        return self.round.tasks.get(task_id) if self.round else None
+
+    def busy_devices(self) -> set[str]:
+        """Devices that hold an open task of this job."""
+        if self.round is None:
+            return set()
+        return {task.device_id for task in self.round.tasks.values() if task.status == "assigned"}
+
+    def next_deadline_unix_s(self) -> float | None:
+        """When `Ticked` is worth sending next."""
+        times: list[float] = []
+        if self.status == "waiting" and self.plan.wait_s > 0:
+            times.append(self.waiting_since_unix_s + self.plan.wait_s)
+        if self.round is not None and self.round.phase in ("training", "evaluating"):
+            if self.round.deadline_unix_s > 0:
+                times.append(self.round.deadline_unix_s)
+            for task in self.round.tasks.values():
+                if task.status == "assigned" and task.offline_since_unix_s > 0:
+                    times.append(task.offline_since_unix_s + self.plan.absent_grace_s)
+        return min(times) if times else None
+
+    def wants_devices(self) -> bool:
+        return self.status == "waiting" and not self.paused
+
+    # -- what happens
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Apply `event`, which happened at unix time `now`; what does not fit the state is ignored, since messages may come late."""
+        if self.status in ENDED:
+            return []
+        commands = self._apply(event, now)
+        self.validate()
+        return commands
+
+    def _apply(self, event: Event, now: float) -> list[Command]:
+        match event:
+            case Started():
+                return self._start(now)
+            case PreparedEvent(prepared):
+                return self._accept_prepared(prepared, now)
+            case HostFailed(stage, failure):
+                self.last_failure, self.last_failure_device = failure, ""
+                return self._end("failed", f"{stage} failed on the coordinator: {failure.message}", now)
+            case Offered(candidates):
+                return self._open_round(candidates, now)
+            case UpdateArrived(task_id, update):
+                return self._accept_update(task_id, update, now)
+            case UpdateLate():
+                if self.round is not None:
+                    self.round.late += 1
+                return []
+            case EvaluationArrived(task_id, evaluation):
+                return self._accept_evaluation(task_id, evaluation, now)
+            case TaskFailed(task_id, failure):
+                return self._fail_task(task_id, failure, now)
+            case TaskRefused(task_id, reason):
+                return self._settle(task_id, "refused", reason, now)
+            case DeviceOffline(device_id):
+                return self._note_offline(device_id, now)
+            case DeviceOnline(device_id, held):
+                return self._note_online(device_id, held)
+            case Folded(round_number, outcome, candidates):
+                return self._accept_fold(round_number, outcome, candidates, now)
+            case HeldoutEvaluated(round_number, evaluation):
+                if self.round is None or self.round.number != round_number or self.round.phase != "evaluating":
+                    return []
+                return self._commit(evaluation.metrics, evaluation.rows, now)
+            case Ticked():
+                return self._tick(now)
+            case CancelRequested(reason):
+                return self._end("cancelled", reason, now)
+            case PauseRequested():
+                return self._pause()
+            case ResumeRequested():
+                return self._resume(now)
+            case Restarted():
+                return self._restart(now)
+
+    def _start(self, now: float) -> list[Command]:
+        if self.status != "queued":
+            return []
+        self.status, self.message, self.started_unix_s = "preparing", "", now
+        return [Prepare()]
+
+    def _accept_prepared(self, prepared: Prepared, now: float) -> list[Command]:
+        if self.status != "preparing":
+            return []
+        self.prepared, self.state = prepared, prepared.state
+        if prepared.initial is not None:
+            self.best_value = prepared.initial.metrics.get(self.plan.metric)
+        self._wait("waits for devices", now)
+        return []
+
+    def _wait(self, message: str, now: float) -> None:
+        self.status = "paused" if self.paused else "waiting"
+        self.message = "paused by an operator" if self.paused else message
+        self.waiting_since_unix_s = now
+
+    def _open_round(self, candidates: Sequence[Candidate], now: float) -> list[Command]:
+        if not self.wants_devices() or self.state is None:
+            return []
+        usable = sorted((c for c in candidates if c.device_id not in self.excluded), key=lambda c: c.device_id)
+        if len(usable) < self.plan.minimum:
+            self.message = f"waits for devices: {len(usable)} of at least {self.plan.minimum} are ready"
+            return []
+        number = self.committed + 1
+        asked = usable
+        if 0 < self.plan.per_round < len(usable):
+            # Seeded by the round, so that the same fleet gives the same choice whatever happened before.
+            asked = random.Random(f"{self.plan.seed}/{number}/{self.attempts}").sample(usable, max(self.plan.per_round, self.plan.minimum))
+        self.status, self.message = "running", ""
+        deadline = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
+        self.round = RoundEntry(number, "training", now, deadline, start_state=self.state)
+        return self._assign(asked, "train", self.state, now)
+
+    def _assign(self, devices: Sequence[Candidate], kind: TaskKind, state: Blob, now: float) -> list[Command]:
+        assert self.round is not None
+        commands: list[Command] = []
+        for device in sorted(devices, key=lambda c: c.device_id):
+            self.lease += 1
+            task_id = f"{self.plan.job_id}/{self.round.number}/{device.device_id}/{kind}"
+            if self.attempts:
+                task_id += f"/{self.attempts}"
+            entry = TaskEntry(task_id, device.device_id, device.name, kind, self.lease, assigned_unix_s=now)
+            self.round.tasks[task_id] = entry
+            commands.append(self._send(entry, state))
+        return commands
+
+    def _send(self, entry: TaskEntry, state: Blob) -> SendTask:
+        assert self.round is not None
+        return SendTask(entry.task_id, entry.device_id, entry.kind, self.round.number, entry.lease, state, self.round.deadline_unix_s)
+
+    def _accept_update(self, task_id: str, update: Update, now: float) -> list[Command]:
+        entry = self.open_task(task_id)
+        if entry is None or entry.status != "assigned" or entry.kind != "train":
+            return []
+        entry.status, entry.update, entry.offline_since_unix_s = "done", update, 0.0
+        self.failures_in_row.pop(entry.device_id, None)
+        return self._close_if_settled(now)
+
+    def _accept_evaluation(self, task_id: str, evaluation: Evaluation, now: float) -> list[Command]:
+        entry = self.open_task(task_id)
+        if entry is None or entry.status != "assigned" or entry.kind != "evaluate":
+            return []
+        entry.status, entry.evaluation = "done", evaluation
+        return self._close_if_settled(now)
+
+    def _fail_task(self, task_id: str, failure: Failure, now: float) -> list[Command]:
+        entry = self.open_task(task_id)
+        if entry is None or entry.status != "assigned":
+            return []
+        entry.failure = failure
+        self.last_failure, self.last_failure_device = failure, entry.device_name
+        row = self.failures_in_row.get(entry.device_id, 0) + 1
+        self.failures_in_row[entry.device_id] = row
+        if failure.kind in LASTING or row >= DEVICE_FAILURES:
+            self.excluded[entry.device_id] = failure.message
+        return self._settle(task_id, "failed", failure.message, now)
+
+    def _settle(self, task_id: str, status: TaskStatus, reason: str, now: float) -> list[Command]:
+        entry = self.open_task(task_id)
+        if entry is None or entry.status != "assigned":
+            return []
+        entry.status, entry.reason = status, reason
+        return self._close_if_settled(now)
+
+    def _note_offline(self, device_id: str, now: float) -> list[Command]:
+        for entry in self._open_tasks_of(device_id):
+            if entry.offline_since_unix_s == 0.0:
+                entry.offline_since_unix_s = now
+        return []
+
+    def _note_online(self, device_id: str, held: frozenset[str]) -> list[Command]:
+        """A task that the device has lost is handed out again under a new lease; one that it still has goes on."""
+        commands: list[Command] = []
+        for entry in self._open_tasks_of(device_id):
+            entry.offline_since_unix_s = 0.0
+            if entry.task_id not in held:
+                self.lease += 1
+                entry.lease = self.lease
+                commands.append(self._send(entry, self._state_of(entry)))
+        return commands
+
+    def _state_of(self, entry: TaskEntry) -> Blob:
+        assert self.round is not None
+        state = self.round.start_state if entry.kind == "train" else self.round.state
+        assert state is not None
+        return state
+
+    def _open_tasks_of(self, device_id: str) -> list[TaskEntry]:
+        if self.round is None:
+            return []
+        return [t for t in self.round.tasks.values() if t.device_id == device_id and t.status == "assigned"]
+
+    def _tick(self, now: float) -> list[Command]:
+        if self.status == "waiting" and 0 < self.plan.wait_s <= now - self.waiting_since_unix_s:
+            return self._end("failed", f"{self.message or 'waits for devices'}; gave up after devices.wait_s = {self.plan.wait_s:g} s", now)
+        if self.round is None or self.round.phase not in ("training", "evaluating"):
+            return []
+        commands: list[Command] = []
+        over = 0 < self.round.deadline_unix_s <= now
+        for entry in list(self.round.tasks.values()):
+            if entry.status != "assigned":
+                continue
+            gone = entry.offline_since_unix_s > 0 and now - entry.offline_since_unix_s >= self.plan.absent_grace_s
+            if over or gone:
+                entry.status = "missed"
+                entry.reason = "not back by the round's deadline" if over else f"offline for more than {self.plan.absent_grace_s:g} s"
+                commands.append(WithdrawTask(entry.task_id, entry.device_id, entry.reason))
+        return commands + self._close_if_settled(now) if commands else []
+
+    def _close_if_settled(self, now: float) -> list[Command]:
+        """Close the phase once no task is open any more."""
+        assert self.round is not None
+        kind: TaskKind = "train" if self.round.phase == "training" else "evaluate"
+        tasks = [task for task in self.round.tasks.values() if task.kind == kind]
+        if any(task.status == "assigned" for task in tasks):
+            return []
+        if self.round.phase == "evaluating":
+            return self._commit_device_means(tasks, now)
+        asked = len(tasks)
+        done = self.round.trained()
+        needed = max(1, math.ceil(self.plan.quorum * asked - 1e-9))
+        if len(done) < needed:
+            return self._abandon(len(done), needed, asked, now)
+        self.round.phase = "folding"
+        return [self._fold_command()]
+
+    def _fold_command(self) -> Fold:
+        assert self.round is not None and self.round.start_state is not None
+        contributions = tuple(
+            Contribution(task.device_id, task.update.blob, task.update.samples) for task in self.round.trained() if task.update
+        )
+        return Fold(self.round.number, self.round.start_state, self.optimizer, contributions)
+
+    def _abandon(self, done: int, needed: int, asked: int, now: float) -> list[Command]:
+        assert self.round is not None
+        entry, self.round = self.round, None
+        reason = f"round {entry.number}: {done} of {asked} devices sent an update, the quorum is {needed}"
+        told = [f"{t.device_name}: {t.reason}" for t in entry.tasks.values() if t.status in ("failed", "refused", "missed")]
+        if told:
+            reason += " (" + "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "") + ")"
+        self.attempts += 1
+        commands: list[Command] = [AbandonRound(entry, reason)]
+        lasting = [t for t in entry.tasks.values() if t.failure is not None and t.failure.kind in LASTING]
+        if len(lasting) == asked or self.attempts >= ROUND_ATTEMPTS:
+            return commands + self._end("failed", reason, now)
+        self._wait(f"{reason}; waits to open the round again", now)
+        return commands
+
+    def _accept_fold(self, number: int, outcome: FoldOutcome, candidates: Sequence[Candidate], now: float) -> list[Command]:
+        if self.round is None or self.round.number != number or self.round.phase != "folding":
+            return []
+        self.round.state, self.round.optimizer = outcome.state, outcome.optimizer
+        self.round.update_norm = outcome.update_norm
+        last = number >= self.plan.rounds
+        due = last or number % max(1, self.plan.evaluate_every) == 0
+        if self.plan.evaluation == "none" or not due:
+            return self._commit({}, 0, now)
+        self.round.phase = "evaluating"
+        if self.plan.evaluation == "heldout":
+            return [EvaluateHeldout(number, outcome.state)]
+        usable = [c for c in candidates if c.device_id not in self.excluded]
+        if not usable:
+            self.message = f"round {number} was not evaluated: no device was ready"
+            return self._commit({}, 0, now)
+        self.round.deadline_unix_s = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
+        return self._assign(usable, "evaluate", outcome.state, now)
+
+    def _commit_device_means(self, tasks: Sequence[TaskEntry], now: float) -> list[Command]:
+        evaluations = [task.evaluation for task in sorted(tasks, key=lambda t: t.device_id) if task.evaluation is not None]
+        rows = sum(e.rows for e in evaluations)
+        return self._commit(weighted_means(evaluations), rows, now)
+
+    def _commit(self, metrics: Metrics, rows: int, now: float) -> list[Command]:
+        assert self.round is not None and self.round.state is not None
+        entry, self.round = self.round, None
+        entry.phase, entry.metrics, entry.evaluation_rows, entry.ended_unix_s = "committed", dict(metrics), rows, now
+        self.state, self.optimizer = entry.state, entry.optimizer
+        self.committed, self.attempts = entry.number, 0
+        commands: list[Command] = [CommitRound(entry)]
+        stop = self._judge(entry)
+        if stop or entry.number >= self.plan.rounds:
+            return commands + self._end("completed", stop, now)
+        self._wait("", now)
+        return commands
+
+    def _judge(self, entry: RoundEntry) -> str:
+        """Best round and early stop; a non-empty answer ends the job."""
+        value = entry.metrics.get(self.plan.metric)
+        if value is None:
+            return ""
+        sign = -1.0 if self.plan.metric in LOWER_IS_BETTER else 1.0
+        if not math.isfinite(value):
+            return ""
+        gain = math.inf if self.best_value is None or self.best_round == 0 else sign * (value - self.best_value)
+        if gain > 0:
+            self.best_round, self.best_value = entry.number, value
+        self.rounds_without_gain = 0 if gain > self.plan.min_delta else self.rounds_without_gain + 1
+        if 0 < self.plan.patience <= self.rounds_without_gain:
+            return f"stopped early: {self.plan.metric} has not improved for {self.rounds_without_gain} rounds; best was round {self.best_round}"
+        return ""
+
+    def _pause(self) -> list[Command]:
+        self.paused = True
+        if self.status == "waiting":
+            self.status, self.message = "paused", "paused by an operator"
+        elif self.status in ("running", "preparing", "queued"):
+            self.message = "pauses after this round"
+        return []
+
+    def _resume(self, now: float) -> list[Command]:
+        self.paused = False
+        if self.status == "paused":
+            self._wait("waits for devices", now)
+        elif self.message == "pauses after this round":
+            self.message = ""
+        return []
+
+    def _restart(self, now: float) -> list[Command]:
+        """Devices are not connected yet: open tasks wait for them; what ran on the coordinator starts again."""
+        if self.status == "preparing":
+            return [Prepare()]
+        if self.status == "waiting":
+            self.waiting_since_unix_s = now
+        if self.round is None:
+            return []
+        if self.round.phase == "folding":
+            return [self._fold_command()]
+        if self.round.phase == "evaluating" and self.plan.evaluation == "heldout":
+            assert self.round.state is not None
+            return [EvaluateHeldout(self.round.number, self.round.state)]
+        for entry in self.round.tasks.values():
+            if entry.status == "assigned":
+                entry.offline_since_unix_s = now
+        return []
+
+    def _end(self, status: JobStatus, message: str, now: float) -> list[Command]:
+        commands: list[Command] = []
+        if self.round is not None:
+            for entry in self.round.tasks.values():
+                if entry.status == "assigned":
+                    entry.status, entry.reason = "missed", f"job {status}"
+                    commands.append(WithdrawTask(entry.task_id, entry.device_id, f"job {self.plan.job_id} is {status}"))
+            commands.append(AbandonRound(self.round, message))
+            self.round = None
+        self.status, self.message, self.ended_unix_s = status, message, now
+        return [*commands, EndJob(status)]
+
+    def validate(self) -> None:
+        """Raise AssertionError where an invariant is broken; called after every event."""
+        assert (self.round is not None) == (self.status == "running"), f"status {self.status} with round {self.round}"
+        if self.round is not None:
+            assert self.round.number == self.committed + 1, (self.round.number, self.committed)
+            assert all(key == task.task_id and task.lease <= self.lease for key, task in self.round.tasks.items())
+            if self.round.phase == "training":
+                assert any(task.status == "assigned" for task in self.round.tasks.values()), "a settled round must close"
+
+
+def weighted_means(evaluations: Sequence[Evaluation]) -> Metrics:
+    """Each metric's mean over devices, weighted by rows; a device without a metric does not count for it."""
+    sums: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    for evaluation in evaluations:
+        for name, value in evaluation.metrics.items():
+            if evaluation.rows > 0 and math.isfinite(value):
+                sums[name] = sums.get(name, 0.0) + value * evaluation.rows
+                rows[name] = rows.get(name, 0) + evaluation.rows
+    return {name: sums[name] / rows[name] for name in sums}
+
+
+def device_shares(entry: RoundEntry) -> Mapping[str, int]:
+    """Weight of each device in the round's fold."""
+    return {task.device_name: task.update.samples for task in entry.trained() if task.update}

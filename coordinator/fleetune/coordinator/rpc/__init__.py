@@ -1,0 +1,1 @@
+"""gRPC services, one per file, and the conversion of their messages."""

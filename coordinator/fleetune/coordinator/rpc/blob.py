@@ -1,0 +1,179 @@
+"""BlobService: chunk streams in and out. Knows bytes and receipts; no method, no tensor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import grpc.aio
+
+from fleetune.coordinator.rounds.engine import Engine, Receipt
+from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.store.blobs import BlobStore
+from fleetune.errors import DiskFullError, WireError
+from fleetune.v1 import blob_pb2, blob_pb2_grpc
+from fleetune.wire.chunks import Spool, SpoolBusyError, read_chunk
+
+log = logging.getLogger("fleetune.blob")
+
+IDLE_S = 60.0
+"""A stream that moves nothing for so long is ended; the agent resumes where it was."""
+
+DOWNLOADS_AT_ONCE = 8
+"""Each holds a few chunks in memory; the others wait their turn, which costs no bandwidth."""
+
+DISK_THREADS = 4
+
+
+class BlobService(blob_pb2_grpc.BlobServiceServicer):
+    def __init__(self, engine: Engine, blobs: BlobStore, *, uploads_at_once: int, max_update_bytes: int, epoch: int) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._uploads = asyncio.Semaphore(uploads_at_once)
+        self._downloads = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._max_update_bytes = max_update_bytes
+        self._epoch = epoch
+        self._disk = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="blob-disk")
+        self.receiving = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self, within_s: float) -> None:
+        """Return when no upload is under way, or after `within_s`."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), within_s)
+
+    def close(self) -> None:
+        self._disk.shutdown(wait=True)
+
+    async def Download(  # type: ignore[override]  # the stub allows both gRPC flavours; this is the aio one
+        self, request: blob_pb2.DownloadRequest, context: grpc.aio.ServicerContext[blob_pb2.DownloadRequest, blob_pb2.DownloadResponse]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._downloads:
+            try:
+                fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
+            except WireError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            except FileNotFoundError:
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {request.digest[:12]}")
+            try:
+                size = os.fstat(fd).st_size
+                if request.offset > size:
+                    await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} in a blob of {size} bytes")
+                position, first = request.offset, True
+                ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
+                if ahead is None:
+                    await context.write(blob_pb2.DownloadResponse(size_bytes=size))
+                while ahead is not None:
+                    chunk = await ahead
+                    position += len(chunk.data)
+                    ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
+                    try:
+                        response = blob_pb2.DownloadResponse(chunk=chunk, size_bytes=size if first else 0)
+                        await asyncio.wait_for(context.write(response), IDLE_S)
+                    except BaseException:
+                        if ahead is not None:  # the descriptor must outlive the read
+                            await asyncio.shield(asyncio.wait({ahead}))
+                        raise
+                    first = False
+            finally:
+                os.close(fd)
+
+    async def UploadStatus(  # type: ignore[override]
+        self,
+        request: blob_pb2.UploadStatusRequest,
+        context: grpc.aio.ServicerContext[blob_pb2.UploadStatusRequest, blob_pb2.UploadStatusResponse],
+    ) -> blob_pb2.UploadStatusResponse:
+        settled = await self._engine.judge(request.task_id, request.device_id, request.blob.digest)
+        if settled is not None:
+            return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, settled))
+        return blob_pb2.UploadStatusResponse(offset=self._blobs.spooled(request.task_id, request.blob))
+
+    async def Upload(  # type: ignore[override]
+        self,
+        request_iterator: AsyncIterator[blob_pb2.UploadRequest],
+        context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
+    ) -> blob_pb2.UploadResponse:
+        first = await self._next(context)
+        if first is None or not first.HasField("header"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of an upload must carry its header")
+        header = first.header
+        if header.epoch != self._epoch:
+            reason = f"the update is of epoch {header.epoch}, this coordinator is in epoch {self._epoch}: an older state was restored"
+            return self._answer(header, Receipt("refused", reason))
+        settled = await self._engine.judge(header.task_id, header.device_id, header.blob.digest)
+        if settled is not None:
+            return self._answer(header, settled)
+        async with self._uploads:
+            self.receiving += 1
+            self._idle.clear()
+            try:
+                return await self._receive(header, first, context)
+            except SpoolBusyError as error:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            except WireError as error:
+                log.warning("device=%s task=%s upload refused: %s", header.device_id, header.task_id, error)
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            except DiskFullError as error:
+                log.error("device=%s task=%s %s", header.device_id, header.task_id, error)
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            finally:
+                self.receiving -= 1
+                if not self.receiving:
+                    self._idle.set()
+
+    async def _receive(
+        self,
+        header: blob_pb2.UploadHeader,
+        first: blob_pb2.UploadRequest,
+        context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
+    ) -> blob_pb2.UploadResponse:
+        loop = asyncio.get_running_loop()
+
+        def open_spool() -> Spool:
+            return self._blobs.spool(header.task_id, header.blob, self._max_update_bytes)
+
+        spool = await loop.run_in_executor(self._disk, open_spool)
+        try:
+            writing: asyncio.Future[None] | None = None
+            message: blob_pb2.UploadRequest | None = first
+            # One chunk is written and hashed while the next one is on its way.
+            try:
+                while message is not None:
+                    if writing is not None:
+                        await writing
+                        writing = None
+                    if message.HasField("chunk"):
+                        writing = loop.run_in_executor(self._disk, spool.add, message.chunk)
+                    message = await self._next(context)
+            finally:
+                if writing is not None:
+                    await asyncio.shield(writing)
+            if not spool.complete:
+                await context.abort(
+                    grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
+                )
+            digest = await loop.run_in_executor(self._disk, self._blobs.adopt, spool)
+        finally:
+            spool.close()
+        receipt = await self._engine.take_update(header.task_id, header.device_id, convert.update(header), self._blobs.path(digest))
+        return self._answer(header, receipt)
+
+    async def _next(
+        self, context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse]
+    ) -> blob_pb2.UploadRequest | None:
+        try:
+            message = await asyncio.wait_for(context.read(), IDLE_S)
+        except asyncio.TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {IDLE_S:g} s; resume where it ended")
+        return None if message is grpc.aio.EOF else message  # type: ignore[return-value]
+
+    @staticmethod
+    def _answer(header: blob_pb2.UploadHeader, receipt: Receipt) -> blob_pb2.UploadResponse:
+        return blob_pb2.UploadResponse(receipt=convert.receipt(header.task_id, header.lease, receipt))

@@ -1,0 +1,198 @@
+"""ControlService: what operators ask. Reads the engine's jobs and hands their wishes in as events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from fleetune.coordinator import jobspec
+from fleetune.coordinator.domain import RoundEntry
+from fleetune.coordinator.registry import Registry
+from fleetune.coordinator.rounds import adapter, machine
+from fleetune.coordinator.rounds.engine import Engine
+from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.rpc.fleet import FleetService
+from fleetune.coordinator.store import records
+from fleetune.coordinator.store.db import Database
+from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
+from fleetune.wire import channel
+
+WATCH_INTERVAL_S = 0.25
+"""A watcher hears of a job at most so often."""
+
+LOG_LINES_MAX = 5000
+"""Lines of one answer: it must fit into a message."""
+
+
+class Aborting(Protocol):
+    """The part of a servicer context that ends a call."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: tuple[()] = ...) -> NoReturn: ...
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, engine: Engine, fleet: FleetService, registry: Registry, database: Database, version: str) -> None:
+        self._engine = engine
+        self._fleet = fleet
+        self._registry = registry
+        self._database = database
+        self._version = version
+
+    async def ServerInfo(self, request: control_pb2.ServerInfoRequest, context: Aborting) -> control_pb2.ServerInfoResponse:  # type: ignore[override]
+        return control_pb2.ServerInfoResponse(
+            version=self._version,
+            protocol_major=channel.PROTOCOL_MAJOR,
+            protocol_minor=channel.PROTOCOL_MINOR,
+            devices_online=len(self._registry.sessions),
+            jobs_running=sum(not job.ended for job in self._engine.jobs.values()),
+        )
+
+    async def ValidateJob(self, request: control_pb2.ValidateJobRequest, context: Aborting) -> control_pb2.ValidateJobResponse:  # type: ignore[override]
+        try:
+            jobspec.parse(request.job_toml)
+        except jobspec.JobFileError as error:
+            return control_pb2.ValidateJobResponse(complaints=convert.complaints(error.complaints))
+        return control_pb2.ValidateJobResponse()
+
+    async def SubmitJob(self, request: control_pb2.SubmitJobRequest, context: Aborting) -> control_pb2.SubmitJobResponse:  # type: ignore[override]
+        if not 8 <= len(request.submit_id) <= 64:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "submit_id must have 8 to 64 characters")
+        try:
+            job = await self._engine.submit(request.job_toml, request.submit_id)
+        except jobspec.JobFileError as error:
+            return control_pb2.SubmitJobResponse(complaints=convert.complaints(error.complaints))
+        return control_pb2.SubmitJobResponse(job_id=job.job_id)
+
+    async def ListJobs(self, request: control_pb2.ListJobsRequest, context: Aborting) -> control_pb2.ListJobsResponse:  # type: ignore[override]
+        jobs = sorted(self._engine.jobs.values(), key=lambda job: job.submitted_unix_s)
+        return control_pb2.ListJobsResponse(jobs=[self._view(job) for job in jobs])
+
+    async def GetJob(self, request: control_pb2.GetJobRequest, context: Aborting) -> control_pb2.GetJobResponse:  # type: ignore[override]
+        job = await self._find(request.job_id, context)
+        return control_pb2.GetJobResponse(job=self._view(job, history=True))
+
+    async def WatchJob(  # type: ignore[override]
+        self, request: control_pb2.WatchJobRequest, context: Aborting
+    ) -> AsyncIterator[control_pb2.WatchJobResponse]:
+        job = await self._find(request.job_id, context)
+        while True:
+            changed = job.changed
+            # The last folder is written after the commit: the last answer must name it.
+            if job.ended:
+                await self._engine.settled(job)
+                yield control_pb2.WatchJobResponse(job=self._view(job, history=True))
+                return
+            yield control_pb2.WatchJobResponse(job=self._view(job))
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            await changed.wait()
+
+    async def CancelJob(self, request: control_pb2.CancelJobRequest, context: Aborting) -> control_pb2.CancelJobResponse:  # type: ignore[override]
+        reason = convert.clean(request.reason, 200) or "cancelled by an operator"
+        job = await self._tell(request.job_id, machine.CancelRequested(reason), "cancelled", context)
+        return control_pb2.CancelJobResponse(job=self._view(job))
+
+    async def PauseJob(self, request: control_pb2.PauseJobRequest, context: Aborting) -> control_pb2.PauseJobResponse:  # type: ignore[override]
+        job = await self._tell(request.job_id, machine.PauseRequested(), "paused", context)
+        return control_pb2.PauseJobResponse(job=self._view(job))
+
+    async def ResumeJob(self, request: control_pb2.ResumeJobRequest, context: Aborting) -> control_pb2.ResumeJobResponse:  # type: ignore[override]
+        job = await self._tell(request.job_id, machine.ResumeRequested(), "resumed", context)
+        return control_pb2.ResumeJobResponse(job=self._view(job))
+
+    async def ListDevices(self, request: control_pb2.ListDevicesRequest, context: Aborting) -> control_pb2.ListDevicesResponse:  # type: ignore[override]
+        rows = await self._database.read(records.load_devices)
+        return control_pb2.ListDevicesResponse(devices=[self._device(row) for row in rows])
+
+    async def DescribeAdapter(  # type: ignore[override]
+        self, request: control_pb2.DescribeAdapterRequest, context: Aborting
+    ) -> control_pb2.DescribeAdapterResponse:
+        job = await self._find(request.job_id, context)
+        number = job.machine.best_round if request.best else request.round or job.machine.committed
+        entry: RoundEntry | None = next((e for e in job.history if e.number == number), None)
+        if entry is None or entry.state is None:
+            known = f"rounds 1 to {job.machine.committed} are committed" if job.machine.committed else "no round is committed yet"
+            what = "a best round" if request.best and not number else f"round {number}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"job {job.job_id} has no {what}: {known}")
+        if not self._engine.blobs.has(entry.state.digest):
+            kept = ", ".join(str(e.number) for e in job.history if e.state and self._engine.blobs.has(e.state.digest))
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"round {number} of job {job.job_id} is no longer kept; kept are {kept}")
+        assert job.machine.prepared is not None
+        texts = adapter.texts(adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry))
+        state = messages_pb2.BlobRef(digest=entry.state.digest, size_bytes=entry.state.size_bytes)
+        files = [control_pb2.AdapterFile(name=adapter.STATE_FILE, blob=state)]
+        files += [control_pb2.AdapterFile(name=name, inline=text.encode()) for name, text in sorted(texts.items())]
+        return control_pb2.DescribeAdapterResponse(job_id=job.job_id, round=number, files=files)
+
+    async def GetLogs(self, request: control_pb2.GetLogsRequest, context: Aborting) -> control_pb2.GetLogsResponse:  # type: ignore[override]
+        job = await self._find(request.job_id, context)
+        if request.device_name and request.device_name not in self._registry.names:
+            known = ", ".join(sorted(self._registry.names)) or "none"
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no device is called {convert.clean(request.device_name, 63)!r}; known are {known}"
+            )
+        rows = await self._database.read(lambda c: records.load_logs(c, job.job_id, request.device_name))
+        lines = [
+            control_pb2.LogLine(unix_s=r.unix_s, device_name=r.device_name, round=r.round_number, text=r.text) for r in rows[-LOG_LINES_MAX:]
+        ]
+        return control_pb2.GetLogsResponse(lines=lines)
+
+    # -- small parts
+
+    async def _find(self, name: str, context: Aborting) -> LiveJob:
+        job = self._engine.find(name)
+        if job is None:
+            matches = [job_id for job_id in self._engine.jobs if name and job_id.startswith(name)]
+            hint = f"it could be {', '.join(sorted(matches))}" if matches else "`fleetune jobs` shows all"
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no job is called {convert.clean(name, 80)!r}; {hint}")
+        return job
+
+    async def _tell(self, name: str, event: machine.Event, done: str, context: Aborting) -> LiveJob:
+        job = await self._find(name, context)
+        if job.ended:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"job {job.job_id} is {job.machine.status} and cannot be {done} any more"
+            )
+        await self._engine.ask(job.job_id, event)
+        return job
+
+    def _view(self, job: LiveJob, history: bool = False) -> control_pb2.JobView:
+        folder = ""
+        if job.machine.committed:
+            folder = str(Path(adapter.folder(self._engine.jobs_folder, job.job_id, job.machine.committed)).absolute())
+        waiting = ""
+        if job.machine.status == "waiting":
+            reasons = self._registry.explain(job.needs, job.machine.busy_devices())
+            waiting = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())[:3])
+        online = frozenset(self._registry.sessions)
+        return convert.job_view(job, folder, online=online, waiting=waiting, history=history)
+
+    def _device(self, row: records.DeviceRow) -> control_pb2.DeviceView:
+        line = self._fleet.lines.get(row.device_id)
+        hello = line.hello if line else fleet_pb2.Hello.FromString(row.hello)
+        session = line.session if line else None
+        view = control_pb2.DeviceView(
+            device_id=row.device_id,
+            name=row.name,
+            online=line is not None,
+            tags=hello.tags,
+            profile=hello.profile,
+            last_seen_unix_s=row.last_seen_unix_s,
+            agent_version=hello.agent_version,
+            data_names=hello.data_names,
+            updates_accepted=row.updates_accepted,
+            failures=row.failures,
+            last_failure=row.last_failure,
+            address=session.greeting.address if session else "",
+        )
+        if session is not None:
+            view.availability.CopyFrom(fleet_pb2.Availability(accepts_tasks=session.accepts_tasks, reason=session.reason))
+        if line is not None and line.telemetry is not None:
+            view.telemetry.CopyFrom(line.telemetry)
+            view.task_id = line.telemetry.task_id
+        return view

@@ -1,0 +1,285 @@
+"""Between the coordinator's own types and the messages that travel."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+
+from fleetune.complaints import Complaint
+from fleetune.coordinator.domain import (
+    Blob,
+    Evaluation,
+    Failure,
+    FailureKind,
+    JobStatus,
+    Metrics,
+    Phase,
+    RoundEntry,
+    TaskEntry,
+    TaskStatus,
+    Update,
+)
+from fleetune.coordinator.registry import Greeting
+from fleetune.coordinator.rounds.engine import Order, Receipt
+from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, messages_pb2
+
+TEXT_CHARS_MAX = 2000
+TRACEBACK_CHARS_MAX = 8192
+
+_RECEIPTS: Mapping[str, messages_pb2.ReceiptStatus] = {
+    "accepted": messages_pb2.RECEIPT_STATUS_ACCEPTED,
+    "duplicate": messages_pb2.RECEIPT_STATUS_DUPLICATE,
+    "late": messages_pb2.RECEIPT_STATUS_LATE,
+    "refused": messages_pb2.RECEIPT_STATUS_REFUSED,
+}
+_FAILURES: Mapping[messages_pb2.FailureKind, FailureKind] = {
+    messages_pb2.FAILURE_KIND_DATA: "data",
+    messages_pb2.FAILURE_KIND_MODEL: "model",
+    messages_pb2.FAILURE_KIND_OUT_OF_MEMORY: "out_of_memory",
+    messages_pb2.FAILURE_KIND_NOT_FINITE: "not_finite",
+    messages_pb2.FAILURE_KIND_DISK_FULL: "disk_full",
+    messages_pb2.FAILURE_KIND_CRASH: "crash",
+    messages_pb2.FAILURE_KIND_UNSUPPORTED: "unsupported",
+    messages_pb2.FAILURE_KIND_TRANSFER: "transfer",
+    messages_pb2.FAILURE_KIND_INTERNAL: "internal",
+}
+_FAILURES_BACK: Mapping[FailureKind, messages_pb2.FailureKind] = {
+    **{kind: number for number, kind in _FAILURES.items()},
+    "stalled": messages_pb2.FAILURE_KIND_TRANSFER,
+}
+_STATES: Mapping[JobStatus, control_pb2.JobState] = {
+    "queued": control_pb2.JOB_STATE_QUEUED,
+    "preparing": control_pb2.JOB_STATE_PREPARING,
+    "waiting": control_pb2.JOB_STATE_WAITING,
+    "running": control_pb2.JOB_STATE_RUNNING,
+    "paused": control_pb2.JOB_STATE_PAUSED,
+    "completed": control_pb2.JOB_STATE_COMPLETED,
+    "failed": control_pb2.JOB_STATE_FAILED,
+    "cancelled": control_pb2.JOB_STATE_CANCELLED,
+}
+_PHASES: Mapping[Phase, control_pb2.RoundPhase] = {
+    "training": control_pb2.ROUND_PHASE_TRAINING,
+    "folding": control_pb2.ROUND_PHASE_FOLDING,
+    "evaluating": control_pb2.ROUND_PHASE_EVALUATING,
+    "committed": control_pb2.ROUND_PHASE_COMMITTED,
+}
+_TASK_STATES: Mapping[TaskStatus, control_pb2.DeviceTaskState] = {
+    "assigned": control_pb2.DEVICE_TASK_STATE_ASSIGNED,
+    "done": control_pb2.DEVICE_TASK_STATE_DONE,
+    "failed": control_pb2.DEVICE_TASK_STATE_FAILED,
+    "refused": control_pb2.DEVICE_TASK_STATE_REFUSED,
+    "missed": control_pb2.DEVICE_TASK_STATE_MISSED,
+}
+
+
+def clean(text: str, limit: int = TEXT_CHARS_MAX) -> str:
+    """Text from the network without control characters (new lines stay), bounded."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text[:limit])
+
+
+# --- from agents
+
+
+def greeting(hello: fleet_pb2.Hello, address: str) -> Greeting:
+    return Greeting(
+        device_id=hello.device_id,
+        name=hello.device_name,
+        instance_id=hello.instance_id,
+        tags=frozenset(hello.tags),
+        data_names=frozenset(hello.data_names),
+        methods=frozenset(hello.methods),
+        accepts_tasks=hello.availability.accepts_tasks,
+        reason=clean(hello.availability.reason, 200),
+        address=address,
+    )
+
+
+def failure(message: messages_pb2.Failure) -> Failure:
+    kind = _FAILURES.get(message.kind, "internal")
+    return Failure(kind, clean(message.stage, 40), clean(message.message), clean(message.traceback, TRACEBACK_CHARS_MAX))
+
+
+def evaluation(message: messages_pb2.Evaluation) -> Evaluation:
+    return Evaluation(metrics(message.metrics), message.rows)
+
+
+def update(header: blob_pb2.UploadHeader) -> Update:
+    report = header.report
+    return Update(
+        Blob(header.blob.digest, header.blob.size_bytes),
+        report.samples,
+        metrics(report.metrics),
+        metrics(report.seconds),
+        report.peak_rss_bytes,
+    )
+
+
+def metrics(items: Iterable[messages_pb2.Metric]) -> Metrics:
+    """At most 64 named figures."""
+    return {clean(item.name, 64): item.value for item, _ in zip(items, range(64), strict=False)}
+
+
+# --- to agents
+
+
+def task(order: Order) -> messages_pb2.Task:
+    command, job = order.command, order.job
+    prepared = job.machine.prepared
+    assert prepared is not None
+    message = messages_pb2.Task(
+        task_id=command.task_id,
+        job_id=job.job_id,
+        round=command.round_number,
+        lease=command.lease,
+        kind=messages_pb2.TASK_KIND_TRAIN if command.kind == "train" else messages_pb2.TASK_KIND_EVALUATE,
+        method=job.method.name,
+        state=messages_pb2.BlobRef(digest=command.state.digest, size_bytes=command.state.size_bytes),
+        trainables_digest=prepared.trainables_digest,
+        recipe=job.recipe,
+        deadline_s=order.deadline_s,
+        # One seed a task: two devices must not shuffle alike.
+        seed=_seed(job.spec.seed, command.task_id),
+        keep_warm_s=job.spec.devices.keep_warm_s,
+    )
+    message.payload.Pack(order.payload)
+    if prepared.base_digest:
+        message.base.CopyFrom(
+            messages_pb2.Base(
+                digest=prepared.base_digest,
+                hub_id=prepared.hub_id,
+                revision=prepared.revision,
+                files=[
+                    messages_pb2.BaseFile(name=name, blob=messages_pb2.BlobRef(digest=digest, size_bytes=size))
+                    for name, digest, size in prepared.files
+                ],
+            )
+        )
+    return message
+
+
+def receipt(task_id: str, lease: int, answer: Receipt) -> messages_pb2.Receipt:
+    return messages_pb2.Receipt(task_id=task_id, lease=lease, status=_RECEIPTS[answer.status], reason=answer.reason)
+
+
+# --- to operators
+
+
+def complaints(found: Iterable[Complaint]) -> list[control_pb2.Complaint]:
+    return [control_pb2.Complaint(path=c.path, value=c.value, allowed=c.allowed, remedy=c.remedy) for c in found]
+
+
+def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str = "", history: bool = False) -> control_pb2.JobView:
+    """A job as operators see it. `online` holds the ids of connected devices; `waiting` why devices are not ready."""
+    state, spec = job.machine, job.spec
+    prepared = state.prepared
+    message = state.message
+    if state.status == "preparing":
+        message = job.host_stage or "the model host loads the base"
+    elif state.status == "waiting" and waiting:
+        message = f"{message} ({waiting})" if message else waiting
+    open_round = state.round
+    view = control_pb2.JobView(
+        job_id=job.job_id,
+        name=spec.name,
+        state=_STATES[state.status],
+        message=message,
+        method=spec.method.name,
+        model_task=spec.task.kind or "",
+        base=(prepared.hub_id or prepared.base_name) if prepared else spec.model.base,
+        rounds_total=spec.rounds.count,
+        rounds_committed=state.committed,
+        submitted_unix_s=job.submitted_unix_s,
+        started_unix_s=state.started_unix_s,
+        ended_unix_s=state.ended_unix_s,
+        best_round=state.best_round,
+        metric=state.plan.metric,
+        upload_bytes=sum(e.upload_bytes() for e in job.history) + (open_round.upload_bytes() if open_round else 0),
+        download_bytes=sum(e.download_bytes() for e in job.history) + (open_round.download_bytes() if open_round else 0),
+        failed_device=state.last_failure_device if state.status == "failed" else "",
+        adapter_folder=folder,
+        job_toml=job.toml if history else "",
+        devices_minimum=spec.devices.minimum,
+    )
+    if open_round is not None:
+        view.current.CopyFrom(round_view(open_round, job, online))
+    elif job.history:
+        view.current.CopyFrom(round_view(job.history[-1], job, online))
+    if history:
+        view.history.extend(round_view(entry, job, online) for entry in job.history)
+    if prepared is not None and prepared.initial is not None:
+        view.initial_metrics.extend(_metric_messages(prepared.initial.metrics))
+    if state.last_failure is not None and state.status == "failed":
+        view.failure.CopyFrom(failure_message(state.last_failure))
+    remaining = _remaining_s(job)
+    if remaining is not None:
+        view.remaining_s = remaining
+    return view
+
+
+def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.RoundView:
+    view = control_pb2.RoundView(
+        round=entry.number,
+        phase=_PHASES[entry.phase],
+        tasks=[_task_view(task_, job, online) for task_ in entry.tasks.values()],
+        started_unix_s=entry.started_unix_s,
+        ended_unix_s=entry.ended_unix_s,
+        metrics=_metric_messages(entry.metrics),
+        evaluation_rows=entry.evaluation_rows,
+        upload_bytes=entry.upload_bytes(),
+        download_bytes=entry.download_bytes(),
+        updates_folded=len(entry.trained()),
+        updates_late=entry.late,
+        adapter_digest=entry.state.digest if entry.state else "",
+    )
+    loss = entry.train_loss()
+    if loss is not None:
+        view.train_loss = loss
+    return view
+
+
+def failure_message(found: Failure) -> messages_pb2.Failure:
+    return messages_pb2.Failure(kind=_FAILURES_BACK[found.kind], stage=found.stage, message=found.message, traceback=found.traceback)
+
+
+def _task_view(entry: TaskEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
+    view = control_pb2.DeviceTask(
+        device_name=entry.device_name,
+        kind=messages_pb2.TASK_KIND_TRAIN if entry.kind == "train" else messages_pb2.TASK_KIND_EVALUATE,
+        state=_TASK_STATES[entry.status],
+        samples=entry.update.samples if entry.update else 0,
+        online=entry.device_id in online,
+    )
+    progress = job.progress.get(entry.task_id)
+    if progress is not None:
+        view.stage = fleet_pb2.TaskStage.ValueType(progress.stage)
+        view.done, view.total = progress.done, progress.total
+    loss = entry.update.metrics.get("loss") if entry.update else progress.loss if progress else None
+    if loss is not None:
+        view.loss = loss
+    if entry.failure is not None:
+        view.failure.CopyFrom(failure_message(entry.failure))
+    elif entry.reason:
+        view.failure.message = entry.reason
+    return view
+
+
+def _remaining_s(job: LiveJob) -> float | None:
+    """Rounds left times the median of the last rounds' seconds, less what the open round has taken."""
+    done = job.history[-10:]
+    if not done or job.ended:
+        return None
+    seconds = sorted(entry.ended_unix_s - entry.started_unix_s for entry in done)
+    median = seconds[len(seconds) // 2]
+    open_round = job.machine.round
+    spent = min(median, time.time() - open_round.started_unix_s) if open_round else 0.0
+    return max(0.0, median * (job.spec.rounds.count - job.machine.committed) - spent)
+
+
+def _metric_messages(found: Metrics) -> list[messages_pb2.Metric]:
+    return [messages_pb2.Metric(name=name, value=value) for name, value in sorted(found.items())]
+
+
+def _seed(seed: int, task_id: str) -> int:
+    return (seed * 0x9E3779B1 + zlib.crc32(task_id.split("/", 1)[1].encode())) & 0x7FFFFFFF

@@ -1,0 +1,289 @@
+"""FleetService: the control streams. Knows sessions and messages; decides nothing about jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+
+from fleetune.coordinator.registry import Greeting, Refused, Registry, Session
+from fleetune.coordinator.rounds.engine import Engine, Order
+from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.store import records
+from fleetune.coordinator.store.db import Database
+from fleetune.v1 import fleet_pb2, fleet_pb2_grpc, messages_pb2
+from fleetune.wire import channel
+from fleetune.wire.chunks import CHUNK_BYTES
+
+log = logging.getLogger("fleetune.fleet")
+
+HELLO_S = 10.0
+"""How long a new stream may stay silent."""
+
+OUTBOUND_MAX = 1000
+"""Messages waiting for one agent; an agent that reads none of so many is cut and may come back."""
+
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+DEVICE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")
+
+_REFUSALS = {
+    "duplicate_id": fleet_pb2.REFUSAL_KIND_DUPLICATE_ID,
+    "name_taken": fleet_pb2.REFUSAL_KIND_NAME_TAKEN,
+    "invalid": fleet_pb2.REFUSAL_KIND_INVALID,
+}
+
+
+@dataclass
+class Line:
+    """One live stream: what is to be sent on it, and what it last said. Written only by the fleet service."""
+
+    session: Session
+    hello: fleet_pb2.Hello
+    outbound: asyncio.Queue[fleet_pb2.SessionResponse | None] = field(default_factory=lambda: asyncio.Queue(OUTBOUND_MAX))
+    telemetry: fleet_pb2.Heartbeat | None = None
+    logged_lines: dict[str, int] = field(default_factory=dict)
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def send(self, message: fleet_pb2.SessionResponse) -> None:
+        try:
+            self.outbound.put_nowait(message)
+        except asyncio.QueueFull:
+            log.warning("device=%s reads nothing, its stream is cut", self.session.greeting.name)
+            self.cut.set()
+
+
+class FleetService(fleet_pb2_grpc.FleetServiceServicer):
+    """Also the engine's dispatcher: tasks leave through the lines held here."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        database: Database,
+        *,
+        version: str,
+        heartbeat_s: float,
+        epoch: int,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lines: dict[str, Line] = {}
+        self.draining = False
+        self._engine = engine
+        self._registry = registry
+        self._database = database
+        self._version = version
+        self._heartbeat_s = heartbeat_s
+        self._epoch = epoch
+        self._monotonic = monotonic
+
+    # -- the engine's dispatcher
+
+    def send_task(self, order: Order) -> None:
+        line = self.lines.get(order.command.device_id)
+        if line is not None:
+            line.send(fleet_pb2.SessionResponse(task=convert.task(order)))
+
+    def withdraw(self, device_id: str, task_id: str, reason: str) -> None:
+        line = self.lines.get(device_id)
+        if line is not None:
+            line.send(fleet_pb2.SessionResponse(cancel=fleet_pb2.CancelTask(task_id=task_id, reason=reason)))
+
+    # -- the service
+
+    async def Session(  # type: ignore[override]  # the stub allows both gRPC flavours; this is the aio one
+        self,
+        request_iterator: AsyncIterator[fleet_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse],
+    ) -> None:
+        hello = await self._hello(context)
+        if hello is None:
+            return
+        line = await self._open(hello, context)
+        if line is None:
+            return
+        device_id = line.session.greeting.device_id
+        writer = asyncio.create_task(self._write(line, context), name=f"to {hello.device_name}")
+        reader = asyncio.create_task(self._read(line, context), name=f"from {hello.device_name}")
+        cutter = asyncio.create_task(line.cut.wait(), name=f"cut {hello.device_name}")
+        try:
+            await asyncio.wait({writer, reader, cutter}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writer, reader, cutter):
+                task.cancel()
+            results = await asyncio.gather(writer, reader, cutter, return_exceptions=True)
+            await self._close(line, device_id)
+            for result in results:
+                if isinstance(result, Exception) and not isinstance(result, grpc.aio.BaseError | asyncio.TimeoutError):
+                    log.error("device=%s session failed", hello.device_name, exc_info=result)
+
+    def drain(self, reason: str) -> None:
+        """Tell everybody that the coordinator is about to stop."""
+        self.draining = True
+        for line in self.lines.values():
+            line.send(fleet_pb2.SessionResponse(draining=fleet_pb2.Draining(reason=reason)))
+
+    def hang_up(self) -> None:
+        """End all streams."""
+        for line in self.lines.values():
+            line.cut.set()
+
+    async def _hello(self, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> fleet_pb2.Hello | None:
+        try:
+            first = await asyncio.wait_for(context.read(), HELLO_S)
+        except asyncio.TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no Hello within {HELLO_S:g} s")
+        if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":  # type: ignore[union-attr]
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be Hello")
+        hello: fleet_pb2.Hello = first.hello  # type: ignore[union-attr]
+        refusal = self._objection(hello)
+        if refusal is not None:
+            await context.write(fleet_pb2.SessionResponse(refusal=refusal))
+            return None
+        return hello
+
+    def _objection(self, hello: fleet_pb2.Hello) -> fleet_pb2.Refusal | None:
+        """What is wrong with a Hello before the registry is asked."""
+        if hello.protocol_major != channel.PROTOCOL_MAJOR:
+            return fleet_pb2.Refusal(
+                kind=fleet_pb2.REFUSAL_KIND_PROTOCOL,
+                message=f"the agent speaks protocol {hello.protocol_major}.{hello.protocol_minor}, this coordinator "
+                f"{channel.PROTOCOL_MAJOR}.{channel.PROTOCOL_MINOR}; install matching versions (coordinator {self._version}, "
+                f"agent {convert.clean(hello.agent_version, 40)}).",
+            )
+        if self.draining:
+            return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_DRAINING, message="the coordinator is about to stop", retry_after_s=1.0)
+        wrong = ""
+        if not NAME.match(hello.device_name):
+            wrong = f"the device name {convert.clean(hello.device_name, 80)!r} is not 1 to 63 of A-Z a-z 0-9 . _ -"
+        elif not DEVICE_ID.match(hello.device_id):
+            wrong = f"the device id {convert.clean(hello.device_id, 80)!r} is not 8 to 64 of A-Z a-z 0-9 -"
+        elif not hello.instance_id or len(hello.instance_id) > 64:
+            wrong = "the instance id is empty or longer than 64 characters"
+        elif max(len(hello.tags), len(hello.data_names), len(hello.methods), len(hello.held)) > 1000:
+            wrong = "more than 1000 tags, data names, methods or held tasks"
+        if wrong:
+            return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_INVALID, message=wrong)
+        return None
+
+    async def _open(
+        self, hello: fleet_pb2.Hello, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
+    ) -> Line | None:
+        greeting = convert.greeting(hello, context.peer())
+        verdict = self._registry.admit(greeting, self._monotonic())
+        if isinstance(verdict, Refused):
+            log.warning("device=%s refused kind=%s message=%r", hello.device_name, verdict.kind, verdict.message)
+            refusal = fleet_pb2.Refusal(kind=_REFUSALS[verdict.kind], message=verdict.message, retry_after_s=verdict.retry_after_s)
+            await context.write(fleet_pb2.SessionResponse(refusal=refusal))
+            return None
+        old = self.lines.get(greeting.device_id)
+        if old is not None:
+            old.cut.set()
+        line = Line(verdict, hello)
+        self.lines[greeting.device_id] = line
+        line.send(
+            fleet_pb2.SessionResponse(
+                welcome=fleet_pb2.Welcome(
+                    protocol_minor=min(channel.PROTOCOL_MINOR, hello.protocol_minor),
+                    coordinator_version=self._version,
+                    heartbeat_s=self._heartbeat_s,
+                    lease_s=self._registry.lease_s,
+                    epoch=self._epoch,
+                    chunk_bytes=CHUNK_BYTES,
+                )
+            )
+        )
+        await self._save(greeting, hello)
+        log.info("device=%s online id=%s address=%s", greeting.name, greeting.device_id, greeting.address)
+        self._engine.device_online(verdict, frozenset(held.task_id for held in hello.held))
+        return line
+
+    async def _close(self, line: Line, device_id: str) -> None:
+        if self.lines.get(device_id) is line:
+            del self.lines[device_id]
+        if self._registry.leave(line.session):
+            log.info("device=%s offline", line.session.greeting.name)
+            self._engine.device_offline(device_id)
+            await self._save(line.session.greeting, line.hello)
+
+    async def _save(self, greeting: Greeting, hello: fleet_pb2.Hello) -> None:
+        now = time.time()
+        row = records.DeviceRow(greeting.device_id, greeting.name, now, now, hello.SerializeToString())
+        await self._database.write(lambda tx: records.save_device(tx, row))
+
+    async def _write(self, line: Line, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> None:
+        while True:
+            message = await line.outbound.get()
+            if message is None:
+                return
+            await context.write(message)
+
+    async def _read(self, line: Line, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> None:
+        while True:
+            message = await asyncio.wait_for(context.read(), self._registry.lease_s)
+            if message is grpc.aio.EOF:
+                return
+            line.session.last_heard_s = self._monotonic()
+            if await self._handle(line, message):  # type: ignore[arg-type]  # EOF is handled above
+                return
+
+    async def _handle(self, line: Line, message: fleet_pb2.SessionRequest) -> bool:
+        """True where the agent says goodbye."""
+        device_id = line.session.greeting.device_id
+        match message.WhichOneof("body"):
+            case "heartbeat":
+                line.telemetry = message.heartbeat
+                line.send(fleet_pb2.SessionResponse(heartbeat_reply=fleet_pb2.HeartbeatReply(sequence=message.heartbeat.sequence)))
+            case "progress":
+                p = message.progress
+                self._engine.note_progress(p.task_id, device_id, p.stage, p.done, p.total, p.loss if p.HasField("loss") else None)
+            case "outcome":
+                await self._outcome(line, message.outcome)
+            case "log":
+                await self._log(line, message.log)
+            case "availability":
+                line.session.accepts_tasks = message.availability.accepts_tasks
+                line.session.reason = convert.clean(message.availability.reason, 200)
+                self._engine.availability_changed()
+            case "leaving":
+                log.info("device=%s leaves reason=%r", line.session.greeting.name, convert.clean(message.leaving.reason, 200))
+                return True
+            case _:
+                # A newer agent's message: its minor version may add kinds that this coordinator does not know.
+                log.debug("device=%s sent an unknown message", line.session.greeting.name)
+        return False
+
+    async def _outcome(self, line: Line, outcome: fleet_pb2.TaskOutcome) -> None:
+        device_id = line.session.greeting.device_id
+        match outcome.WhichOneof("outcome"):
+            case "failure":
+                answer = await self._engine.take_failure(outcome.task_id, device_id, convert.failure(outcome.failure))
+            case "evaluation":
+                answer = await self._engine.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
+            case "refusal":
+                # Nothing more for it until it says that it accepts tasks again, or it would refuse in a loop.
+                line.session.accepts_tasks, line.session.reason = False, convert.clean(outcome.refusal.reason, 200)
+                answer = await self._engine.take_refusal(outcome.task_id, device_id, line.session.reason)
+            case _:
+                return
+        message: messages_pb2.Receipt = convert.receipt(outcome.task_id, outcome.lease, answer)
+        line.send(fleet_pb2.SessionResponse(receipt=message))
+
+    async def _log(self, line: Line, message: fleet_pb2.TaskLog) -> None:
+        """Bounded per task: a chatty child must not fill the coordinator's disk."""
+        task_id = message.task_id[:300]
+        if len(line.logged_lines) > 1000:
+            line.logged_lines.clear()
+        room = 2000 - line.logged_lines.get(task_id, 0)
+        lines = [convert.clean(text, 1000) for text in message.lines[: max(0, room)]]
+        if lines:
+            line.logged_lines[task_id] = line.logged_lines.get(task_id, 0) + len(lines)
+            greeting = line.session.greeting
+            with contextlib.suppress(asyncio.QueueFull):
+                await self._engine.add_log(task_id, greeting.device_id, greeting.name, lines)

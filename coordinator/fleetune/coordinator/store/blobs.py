@@ -1,0 +1,251 @@
+"""Blobs: bytes under their digest, each whole and durable or not there at all.
+
+Layout: `blobs/ab/abcd...` holds finished blobs (read-only files), `spool/` what is on its way. A blob is durable once it has been
+adopted or put *and* `sync` has returned; several may share one `sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from fleetune.errors import DiskFullError
+from fleetune.wire import digests
+from fleetune.wire.chunks import Spool
+
+# Left free on the disk beside any upload, so that the database can still commit what happened.
+RESERVE_BYTES = 4 << 20
+# A name outside the store may share the blob's bytes: nobody should edit them in place.
+READ_ONLY = 0o444
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
+
+
+class Addressed(Protocol):
+    """A blob's address, as `fleetune.v1.BlobRef` has it."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class BlobStore:
+    """Content-addressed files under one folder. Methods block on disk and may run on any thread."""
+
+    def __init__(self, root: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
+        self.root = root
+        self._blobs = root / "blobs"
+        self._spool = root / "spool"
+        self._reserve_bytes = reserve_bytes
+        self._touched: set[Path] = set()
+        self._touched_lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        for folder in (self._blobs, self._spool):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._touched.update((root, self._blobs))
+
+    def path(self, digest: str) -> Path:
+        """Where the blob lies or would lie. WireError for what is not a digest."""
+        return self._blobs / digests.check(digest)[:2] / digest
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).is_file()
+
+    def size(self, digest: str) -> int:
+        """Size in bytes; FileNotFoundError where there is no such blob."""
+        return self.path(digest).stat().st_size
+
+    def digests(self) -> Iterator[str]:
+        """Digests of all blobs, in order."""
+        for shard in sorted(self._blobs.iterdir()):
+            for blob in sorted(shard.iterdir()):
+                yield blob.name
+
+    def spool(self, key: str, ref: Addressed, limit_bytes: int | None = None) -> Spool:
+        """Open or resume what arrives for `key` (any text, such as a task id). Errors as `Spool`.
+
+        The blob's address is part of the file's name: a device that trained again never resumes its earlier bytes.
+        """
+        return Spool(self._spool_path(key, ref), ref.digest, ref.size_bytes, limit_bytes=limit_bytes, reserve_bytes=self._reserve_bytes)
+
+    def spooled(self, key: str, ref: Addressed) -> int:
+        """Bytes held of what arrives for `key`, without opening it."""
+        try:
+            held = self._spool_path(key, ref).stat().st_size
+        except FileNotFoundError:
+            return 0
+        return held if held <= ref.size_bytes else 0
+
+    def adopt(self, spool: Spool) -> str:
+        """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool."""
+        target = self._place(spool.digest)
+        spool.finish(fsync=True, move_to=target)
+        target.chmod(READ_ONLY)
+        self._touch(target.parent)
+        return spool.digest
+
+    def put_file(self, path: Path, link: bool, digest: str | None = None) -> str:
+        """Store a file, by hard link if asked and possible, else by copy; returns its digest.
+
+        `digest` spares reading the file again where the caller computed it while writing. A linked file must not be changed afterwards;
+        its mode stays as it is, since it may be somebody else's.
+        """
+        digest = digests.of_file(path) if digest is None else digests.check(digest)
+        target = self._place(digest)
+        if link and _linked(path, target, self._aside()):
+            _fsync(target)
+        else:
+            _copy(path, target, self._aside())
+        self._touch(target.parent)
+        return digest
+
+    def put_bytes(self, data: bytes) -> str:
+        """Store bytes; returns their digest. DiskFullError leaves nothing behind."""
+        digest = digests.of_bytes(data)
+        target = self._place(digest)
+        aside = self._aside()
+        with _removed_on_error(aside):
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, READ_ONLY)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(aside, target)
+        self._touch(target.parent)
+        return digest
+
+    def link_out(self, digest: str, target: Path) -> None:
+        """Give the blob a second name outside the store (a copy on another file system); replaces what is there.
+
+        The name is whole at once; making it durable is for the caller, who knows when the folder is complete.
+        """
+        source = self.path(digest)
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        if not _linked(source, target, aside):
+            _copy(source, target, aside)
+
+    def verify(self, digest: str) -> bool:
+        """Whether the blob is there and its bytes still have its digest; reads all of it."""
+        try:
+            return digests.of_file(self.path(digest)) == digest
+        except FileNotFoundError:
+            return False
+
+    def delete(self, digest: str) -> bool:
+        """Remove the blob's name; open readers and other names keep the bytes. False where there was none."""
+        path = self.path(digest)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        self._touch(path.parent)
+        return True
+
+    def sync(self) -> None:
+        """Make all names durable that were given before this call. After an OSError nothing is known: end the process."""
+        # A second caller waits for the first: its own folder may be among those the first took.
+        with self._sync_lock:
+            with self._touched_lock:
+                folders, self._touched = self._touched, set()
+            for folder in sorted(folders):
+                _fsync(folder)
+
+    def clean_spool(self, older_than_s: float, now_s: float | None = None) -> int:
+        """Remove spooled files last written more than `older_than_s` ago that nobody is writing; returns how many."""
+        before_s = (time.time() if now_s is None else now_s) - older_than_s
+        return sum(_removed_if_idle(path, before_s) for path in sorted(self._spool.iterdir()))
+
+    def _spool_path(self, key: str, ref: Addressed) -> Path:
+        # Hashed, because a key is text from the network.
+        return self._spool / hashlib.sha256(f"{key}\0{ref.digest}\0{ref.size_bytes}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _place(self, digest: str) -> Path:
+        target = self.path(digest)
+        # Under the lock, so that who finds the folder there also finds it among the touched, or waits for the sync that took it.
+        with self._touched_lock:
+            try:
+                target.parent.mkdir()
+            except FileExistsError:
+                pass  # the usual case
+            else:
+                self._touched.add(self._blobs)
+        return target
+
+    def _touch(self, folder: Path) -> None:
+        with self._touched_lock:
+            self._touched.add(folder)
+
+    def _aside(self) -> Path:
+        return self._spool / f"{uuid.uuid4().hex}.part"
+
+
+def _linked(source: Path, target: Path, aside: Path) -> bool:
+    """Name `target` for the file `source` by hard link; False where the file system cannot."""
+    try:
+        os.link(source, aside)
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise
+    os.replace(aside, target)
+    # Renaming one name of a file onto another name of the same file does nothing and leaves both.
+    aside.unlink(missing_ok=True)
+    return True
+
+
+def _copy(source: Path, target: Path, aside: Path) -> None:
+    with _removed_on_error(aside):
+        shutil.copyfile(source, aside)
+        aside.chmod(READ_ONLY)
+        _fsync(aside)
+        os.replace(aside, target)
+
+
+@contextlib.contextmanager
+def _removed_on_error(aside: Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"No space left in {aside.parent}.", "Make room on that disk.") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _removed_if_idle(path: Path, before_s: float) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_mtime >= before_s:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)

@@ -1,0 +1,243 @@
+"""Reading and writing the tables' rows: machines, rounds, events, devices, blobs and log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from fleetune.coordinator.domain import RoundEntry
+from fleetune.coordinator.rounds import machine as machines
+from fleetune.coordinator.rounds.machine import Event, JobMachine
+from fleetune.coordinator.store import schema
+
+LOG_LINES_PER_JOB = 20_000
+
+_machine_json: TypeAdapter[JobMachine] = TypeAdapter(JobMachine)
+_round_json: TypeAdapter[RoundEntry] = TypeAdapter(RoundEntry)
+_event_json: dict[type, TypeAdapter[Event]] = {}
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as it was submitted, with its machine."""
+
+    job_id: str
+    name: str
+    submit_id: str
+    toml: str
+    submitted_unix_s: float
+    machine: JobMachine
+
+
+@dataclass(frozen=True)
+class EventRow:
+    unix_s: float
+    job_id: str
+    event: Event
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """The one result of a task that was answered with a receipt."""
+
+    task_id: str
+    job_id: str
+    round_number: int
+    device_id: str
+    digest: str
+    status: str
+    unix_s: float
+
+
+@dataclass(frozen=True)
+class BlobRow:
+    digest: str
+    size_bytes: int
+    kind: str
+    job_id: str
+    unix_s: float
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    device_id: str
+    name: str
+    first_seen_unix_s: float
+    last_seen_unix_s: float
+    hello: bytes
+    updates_accepted: int = 0
+    failures: int = 0
+    last_failure: str = ""
+
+
+@dataclass(frozen=True)
+class LogRow:
+    unix_s: float
+    job_id: str
+    round_number: int
+    device_name: str
+    text: str
+
+
+def add_job(tx: Connection, row: JobRow) -> None:
+    tx.execute(
+        insert(schema.jobs).values(
+            job_id=row.job_id,
+            name=row.name,
+            submit_id=row.submit_id,
+            toml=row.toml,
+            submitted_unix_s=row.submitted_unix_s,
+            status=row.machine.status,
+            machine=dump_machine(row.machine),
+        )
+    )
+
+
+def save_machine(tx: Connection, job_id: str, status: str, machine_json: str) -> None:
+    tx.execute(update(schema.jobs).where(schema.jobs.c.job_id == job_id).values(status=status, machine=machine_json))
+
+
+def load_jobs(connection: Connection) -> list[JobRow]:
+    """All jobs, oldest first."""
+    rows = connection.execute(select(schema.jobs).order_by(schema.jobs.c.submitted_unix_s)).all()
+    return [
+        JobRow(r.job_id, r.name, r.submit_id, r.toml, r.submitted_unix_s, _machine_json.validate_json(cast(str, r.machine))) for r in rows
+    ]
+
+
+def dump_machine(machine: JobMachine) -> str:
+    return _machine_json.dump_json(machine).decode()
+
+
+def save_round(tx: Connection, job_id: str, entry: RoundEntry) -> None:
+    assert entry.state is not None
+    tx.execute(
+        upsert(schema.rounds)
+        .values(
+            job_id=job_id,
+            round=entry.number,
+            state_digest=entry.state.digest,
+            state_bytes=entry.state.size_bytes,
+            entry=_round_json.dump_json(entry).decode(),
+        )
+        .on_conflict_do_nothing()
+    )
+
+
+def load_rounds(connection: Connection, job_id: str) -> list[RoundEntry]:
+    rows = connection.execute(select(schema.rounds.c.entry).where(schema.rounds.c.job_id == job_id).order_by(schema.rounds.c.round))
+    return [_round_json.validate_json(cast(str, r.entry)) for r in rows]
+
+
+def add_events(tx: Connection, rows: Sequence[EventRow]) -> None:
+    if rows:
+        tx.execute(insert(schema.events), [_event_values(row) for row in rows])
+
+
+def add_updates(tx: Connection, rows: Sequence[UpdateRow]) -> None:
+    if rows:
+        tx.execute(
+            upsert(schema.updates).on_conflict_do_nothing(),
+            [
+                {
+                    "task_id": row.task_id,
+                    "job_id": row.job_id,
+                    "round": row.round_number,
+                    "device_id": row.device_id,
+                    "digest": row.digest,
+                    "status": row.status,
+                    "unix_s": row.unix_s,
+                }
+                for row in rows
+            ],
+        )
+
+
+def find_update(connection: Connection, task_id: str) -> UpdateRow | None:
+    row = connection.execute(select(schema.updates).where(schema.updates.c.task_id == task_id)).first()
+    return UpdateRow(row.task_id, row.job_id, row.round, row.device_id, row.digest, row.status, row.unix_s) if row else None
+
+
+def add_blobs(tx: Connection, rows: Sequence[BlobRow]) -> None:
+    if rows:
+        tx.execute(upsert(schema.blobs).on_conflict_do_nothing(), [row.__dict__ for row in rows])
+
+
+def drop_blobs(tx: Connection, digests: Iterable[str]) -> None:
+    doomed = list(digests)
+    if doomed:
+        tx.execute(delete(schema.blobs).where(schema.blobs.c.digest.in_(doomed)))
+
+
+def blob_digests(connection: Connection) -> set[str]:
+    return {cast(str, row.digest) for row in connection.execute(select(schema.blobs.c.digest))}
+
+
+def save_device(tx: Connection, row: DeviceRow) -> None:
+    """Insert, or refresh everything but the counters and the first sight."""
+    statement = upsert(schema.devices).values(**row.__dict__)
+    tx.execute(
+        statement.on_conflict_do_update(
+            index_elements=["device_id"],
+            set_={"name": row.name, "last_seen_unix_s": row.last_seen_unix_s, "hello": row.hello},
+        )
+    )
+
+
+def count_for_device(tx: Connection, device_id: str, accepted: int, failures: int, last_failure: str) -> None:
+    values: dict[str, object] = {
+        "updates_accepted": schema.devices.c.updates_accepted + accepted,
+        "failures": schema.devices.c.failures + failures,
+    }
+    if last_failure:
+        values["last_failure"] = last_failure
+    tx.execute(update(schema.devices).where(schema.devices.c.device_id == device_id).values(**values))
+
+
+def load_devices(connection: Connection) -> list[DeviceRow]:
+    return [_device(row) for row in connection.execute(select(schema.devices).order_by(schema.devices.c.name))]
+
+
+def add_logs(tx: Connection, rows: Sequence[LogRow]) -> None:
+    """Append; the oldest lines of a job over its bound go."""
+    if not rows:
+        return
+    tx.execute(
+        insert(schema.logs),
+        [{"unix_s": r.unix_s, "job_id": r.job_id, "round": r.round_number, "device_name": r.device_name, "text": r.text} for r in rows],
+    )
+    for job_id in {row.job_id for row in rows}:
+        mine = schema.logs.c.job_id == job_id
+        newest = tx.execute(select(func.max(schema.logs.c.sequence)).where(mine)).scalar() or 0
+        tx.execute(delete(schema.logs).where(mine, schema.logs.c.sequence <= newest - LOG_LINES_PER_JOB))
+
+
+def load_logs(connection: Connection, job_id: str, device_name: str) -> list[LogRow]:
+    question = select(schema.logs).where(schema.logs.c.job_id == job_id).order_by(schema.logs.c.sequence)
+    if device_name:
+        question = question.where(schema.logs.c.device_name == device_name)
+    return [LogRow(r.unix_s, r.job_id, r.round, r.device_name, r.text) for r in connection.execute(question)]
+
+
+def read_meta(connection: Connection, key: str) -> str | None:
+    return connection.execute(select(schema.meta.c.value).where(schema.meta.c.key == key)).scalar()
+
+
+def _event_values(row: EventRow) -> dict[str, object]:
+    kind = type(row.event)
+    adapter = _event_json.get(kind)
+    if adapter is None:
+        adapter = _event_json[kind] = TypeAdapter(kind)
+    return {"unix_s": row.unix_s, "job_id": row.job_id, "kind": kind.__name__, "body": adapter.dump_json(row.event).decode()}
+
+
+def _device(row: Row[tuple[object, ...]]) -> DeviceRow:
+    return DeviceRow(**row._mapping)  # pyright: ignore[reportPrivateUsage]  # SQLAlchemy's public name for it
+
+
+EVENT_KINDS = {cls.__name__: cls for cls in machines.Event.__args__}

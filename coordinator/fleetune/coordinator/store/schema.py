@@ -1,0 +1,105 @@
+"""Tables of the coordinator's database.
+
+`jobs.machine` is the round machine as JSON: the truth from which a restart goes on. It is written in the same transaction as
+the events that changed it. `events` is the history for people and for checkers; nothing reads it to decide.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False))
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", String, primary_key=True),
+    Column("name", String, nullable=False),
+    # The operator's client makes it: a submit that is sent twice makes one job.
+    Column("submit_id", String, nullable=False, unique=True),
+    Column("toml", Text, nullable=False),
+    Column("status", String, nullable=False),
+    Column("machine", Text, nullable=False),
+    Column("submitted_unix_s", Float, nullable=False),
+    # Queued jobs start in this order.
+    Index("jobs_by_time", "submitted_unix_s"),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("job_id", String, ForeignKey("jobs.job_id"), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("state_digest", String, nullable=False),
+    Column("state_bytes", Integer, nullable=False),
+    Column("entry", Text, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("unix_s", Float, nullable=False),
+    Column("job_id", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("body", Text, nullable=False),
+    # The story of one job, in order.
+    Index("events_by_job", "job_id", "sequence"),
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    # One row a task, whatever the attempt: a result counts once.
+    Column("task_id", String, primary_key=True),
+    Column("job_id", String, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("device_id", String, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("unix_s", Float, nullable=False),
+    Index("updates_by_job", "job_id", "round"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("device_id", String, primary_key=True),
+    Column("name", String, nullable=False, unique=True),
+    Column("first_seen_unix_s", Float, nullable=False),
+    Column("last_seen_unix_s", Float, nullable=False),
+    # The last Hello, serialised.
+    Column("hello", LargeBinary, nullable=False),
+    Column("updates_accepted", Integer, nullable=False, default=0),
+    Column("failures", Integer, nullable=False, default=0),
+    Column("last_failure", Text, nullable=False, default=""),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("digest", String, primary_key=True),
+    Column("size_bytes", Integer, nullable=False),
+    # "state", "update", "optimizer" or "base"
+    Column("kind", String, nullable=False),
+    Column("job_id", String, nullable=False),
+    Column("unix_s", Float, nullable=False),
+    # What a job owns, for clearing up after it.
+    Index("blobs_by_job", "job_id", "kind"),
+)
+
+logs = Table(
+    "logs",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("unix_s", Float, nullable=False),
+    Column("job_id", String, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("device_name", String, nullable=False),
+    Column("text", Text, nullable=False),
+    Index("logs_by_job", "job_id", "device_name", "sequence"),
+)

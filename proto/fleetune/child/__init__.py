@@ -1,0 +1,1 @@
+"""Child processes that speak JSON lines: the parent's side and the child's side."""

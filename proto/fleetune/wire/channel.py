@@ -1,0 +1,87 @@
+"""gRPC options of both sides, set in one place with their reasons, and how a channel is opened."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+PROTOCOL_MAJOR = 1
+PROTOCOL_MINOR = 0
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+"""A chunk is at most 1 MiB and a control message far less: whatever is larger is a mistake or an attack."""
+
+METADATA_BYTES_MAX = 8 * 1024
+
+KEEPALIVE_S = 10.0
+"""NAT tables of home routers forget an idle connection after 30 s and more."""
+
+PING_TIMEOUT_S = 5.0
+"""In grpcio 1.85 only `http2.ping_timeout_ms` notices a frozen peer; keepalive_timeout alone waits a minute."""
+
+BACKOFF_MIN_S = 0.2
+BACKOFF_MAX_S = 5.0
+
+Option = tuple[str, int | str]
+
+
+def server_options() -> list[Option]:
+    """Options of the coordinator's server."""
+    return [
+        *_common_options(),
+        # Half of the agents' keep-alive, since pings may fire early; anything faster is told GOAWAY.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
+        ("grpc.max_concurrent_streams", 100),
+        # Two coordinators on one port would share its connections at random.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def channel_options() -> list[Option]:
+    """Options of a channel that an agent or an operator opens."""
+    return [
+        *_common_options(),
+        ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_MIN_S * 1000)),
+        ("grpc.min_reconnect_backoff_ms", int(BACKOFF_MIN_S * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(BACKOFF_MAX_S * 1000)),
+        # A connection of its own: channels with equal options otherwise share one, and bulk would starve heartbeats.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A proxy from the environment has no business between a board and its coordinator on the same network.
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.channel_id", uuid.uuid4().hex),
+    ]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A plaintext channel to `address` ("host:port"); the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=channel_options())
+
+
+def is_loopback(host: str) -> bool:
+    """True where nothing but this machine can reach `host`."""
+    bare = host.strip("[]").lower()
+    return bare in {"localhost", "::1"} or bare.startswith("127.")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """"host:port" or "[v6]:port" in its parts; ValueError says what is wrong."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"address {address!r} is not HOST:PORT with a port from 1 to 65535, for example 192.0.2.7:7433")
+    return host, int(port)
+
+
+def _common_options() -> Sequence[Option]:
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+        ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
