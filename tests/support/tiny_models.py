@@ -159,7 +159,9 @@ def _tokenizer(pair_of_sentences: bool = False, padding: bool = True) -> PreTrai
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[EOS]"}
     if padding:
         names["pad_token"] = "[PAD]"
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untypedtokenizer_object=inner, model_max_length=128, model_input_names=_inputs(pair_of_sentences), **names)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        tokenizer_object=inner, model_max_length=128, model_input_names=_inputs(pair_of_sentences), **names
+    )
 
 
 def _inputs(pair_of_sentences: bool) -> list[str]:

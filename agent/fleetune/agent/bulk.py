@@ -45,6 +45,8 @@ _VERDICTS = {
     grpc.StatusCode.UNKNOWN: Verdict.STRANGE,
     grpc.StatusCode.DATA_LOSS: Verdict.STRANGE,
     grpc.StatusCode.OUT_OF_RANGE: Verdict.STRANGE,
+    # Also the answer to a damaged chunk.
+    grpc.StatusCode.INVALID_ARGUMENT: Verdict.STRANGE,
 }
 
 

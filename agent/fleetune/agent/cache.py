@@ -1,9 +1,9 @@
 """Base models and global states on the device's disk: fetched once, checked by digest, the longest unused removed first.
 
-    cache/blobs/<digest>          a global state
-    cache/base/<digest>/<name>    a base model's files
-    cache/partial/<digest>        what a cut download left
-    cache/digests.json            digests of model folders by file state, so that a start need not read gigabytes
+cache/blobs/<digest>          a global state
+cache/base/<digest>/<name>    a base model's files
+cache/partial/<digest>        what a cut download left
+cache/digests.json            digests of model folders by file state, so that a start need not read gigabytes
 """
 
 from __future__ import annotations

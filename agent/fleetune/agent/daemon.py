@@ -180,8 +180,7 @@ class Daemon:
         await self._look_at_limits()
         state = self._state
         held = [
-            fleet_pb2.HeldTask(task_id=task.task_id, lease=task.lease, stage=fleet_pb2.HELD_STAGE_RUNNING)
-            for task in state.unfinished()
+            fleet_pb2.HeldTask(task_id=task.task_id, lease=task.lease, stage=fleet_pb2.HELD_STAGE_RUNNING) for task in state.unfinished()
         ]
         held += [
             fleet_pb2.HeldTask(task_id=kept.result.task_id, lease=kept.result.lease, stage=fleet_pb2.HELD_STAGE_FINISHED)
@@ -253,7 +252,7 @@ class Daemon:
                 return
             result = ended.result()
         self._dispatch(work.Ended(task.task_id, result))
-        if self._running is None and not self._closing:
+        if not self._closing and not self._state.unfinished():
             resting = asyncio.create_task(self._rest(task), name="rest")
             self._resting.add(resting)
             resting.add_done_callback(self._rested)

@@ -84,7 +84,9 @@ class Downlink:
             response = await call.read()
             while isinstance(response, blob_pb2.DownloadResponse):
                 if response.size_bytes and response.size_bytes != blob.size_bytes:
-                    raise WireError(f"Blob {blob.digest[:12]} was declared with {blob.size_bytes} bytes, the coordinator has {response.size_bytes}.")
+                    raise WireError(
+                        f"Blob {blob.digest[:12]} was declared with {blob.size_bytes} bytes, the coordinator has {response.size_bytes}."
+                    )
                 if writing is not None:
                     await writing
                     retry.progressed(spool.position)
@@ -95,7 +97,6 @@ class Downlink:
                 response = await call.read()
             if writing is not None:
                 await writing
-                writing = None
             if not spool.complete:
                 raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {spool.position} of {blob.size_bytes}.")
             if on_bytes is not None:
@@ -117,4 +118,3 @@ def _finish(spool: chunks.Spool, final: Path, durable: bool) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-

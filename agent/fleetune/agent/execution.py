@@ -130,17 +130,17 @@ class Execution:
                 LOG.info("computed task=%s seconds=%.3f", task.task_id, time.monotonic() - fetched_s)
             result = _result(task, answer, out_path)
             done = True
-        except Exception as error:
-            # The one place where a task's errors end: each becomes a result that the coordinator and its people see.
-            result = failure(task, stage, error)
-            LOG.error("task failed task=%s kind=%s stage=%s message=%r", task.task_id, result.kind.value, result.stage, result.message)
+            return result
+        except Exception as error:  # noqa: BLE001  # the one place where a task's errors end: each becomes a result that people see
+            failed = failure(task, stage, error)
+            LOG.error("task failed task=%s kind=%s stage=%s message=%r", task.task_id, failed.kind.value, failed.stage, failed.message)
+            return failed
         finally:
             relay.close()
             if out_path is not None and not done:
                 # Half an update, under its own name or the one that the child wrote it aside with.
                 for path in out_path.parent.glob(f"*{out_path.name}*"):
                     path.unlink(missing_ok=True)
-        return result
 
     def _data(self, task: Task) -> DataPlace | None:
         if not task.data_name:

@@ -22,6 +22,10 @@ NAME_WORDS = "1 to 63 of A-Z a-z 0-9 . _ -"
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
+class StateInUseError(ConfigError):
+    """Another agent runs on this state folder."""
+
+
 def require_name(name: str) -> str:
     """The name itself. Raises ConfigError where it is none."""
     if NAME.fullmatch(name) is None:
@@ -51,7 +55,7 @@ def device_id(state_dir: Path) -> str:
 
 @contextlib.contextmanager
 def lock(state_dir: Path) -> Generator[None, None, None]:
-    """Hold the state folder, made here if it is missing, for this process alone. Raises ConfigError naming the process that has it.
+    """Hold the state folder, made here if it is missing, for this process alone. Raises StateInUseError naming the process that has it.
 
     The lock is the kernel's: it ends with the process however that ends, and children do not inherit it.
     """
@@ -79,10 +83,10 @@ def lock(state_dir: Path) -> Generator[None, None, None]:
         os.close(descriptor)
 
 
-def _taken(state_dir: Path, descriptor: int) -> ConfigError:
+def _taken(state_dir: Path, descriptor: int) -> StateInUseError:
     pid = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
     holder = f"process {pid}" if pid.isdigit() else "another process"
-    return ConfigError(
+    return StateInUseError(
         f"The state folder {state_dir} is in use by {holder}, another agent.",
         "Stop that one, or give this agent a state_dir and a name of its own.",
     )

@@ -65,7 +65,9 @@ class Outbox:
             self._connection = _open(self._database)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) or self._database == ":memory:":
-                raise ConfigError(f"The outbox {self._database} cannot be opened: {error}.", "Check the rights and the space there.") from error
+                raise ConfigError(
+                    f"The outbox {self._database} cannot be opened: {error}.", "Check the rights and the space there."
+                ) from error
             aside = f"{self._database}.damaged"
             LOG.error("outbox is damaged, set aside path=%s cause=%s; its results are lost, the coordinator will ask again", aside, error)
             _set_aside(self._database, aside)
@@ -98,7 +100,9 @@ class Outbox:
 
     def results(self) -> tuple[Result, ...]:
         """All rows, oldest first."""
-        rows = self._connection.execute("SELECT task_id, lease, epoch, kind, digest, size_bytes, file_name, body FROM results ORDER BY rowid")
+        rows = self._connection.execute(
+            "SELECT task_id, lease, epoch, kind, digest, size_bytes, file_name, body FROM results ORDER BY rowid"
+        )
         return tuple(_result(*row) for row in rows)
 
     def recover(self) -> Recovery:
@@ -139,7 +143,8 @@ def _open(database: str) -> sqlite3.Connection:
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise ConfigError(
-                f"The outbox {database} has layout {version}, this agent knows up to {SCHEMA_VERSION}.", "Use the newer agent, or empty the state folder."
+                f"The outbox {database} has layout {version}, this agent knows up to {SCHEMA_VERSION}.",
+                "Use the newer agent, or empty the state folder.",
             )
         connection.execute(_SCHEMA)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -131,7 +131,9 @@ class Session:
                     if now_s - self._duplicate_since_s > DUPLICATE_PATIENCE_S:
                         refused.retry_after_s = 0.0
                 if refused.retry_after_s <= 0:
-                    raise RefusedError(f"The coordinator at {self._address} refused this agent: {refused}", _remedy(refused.kind)) from refused
+                    raise RefusedError(
+                        f"The coordinator at {self._address} refused this agent: {refused}", _remedy(refused.kind)
+                    ) from refused
                 retry_after_s, cause = refused.retry_after_s, f"refused: {refused}"
             except grpc.aio.AioRpcError as error:
                 cause = f"{error.code().name}: {error.details()}"
@@ -334,15 +336,18 @@ class _Pulse:
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
-        self._heard_s = time.monotonic()
+        self._heard = asyncio.Event()
 
     def beat(self) -> None:
-        self._heard_s = time.monotonic()
+        self._heard.set()
 
     async def lost(self) -> None:
-        while (left_s := self._heard_s + self._lease_s - time.monotonic()) > 0:
-            await asyncio.sleep(left_s)
-        raise _Lost(f"nothing heard for {self._lease_s:g} s")
+        while True:
+            self._heard.clear()
+            try:
+                await asyncio.wait_for(self._heard.wait(), self._lease_s)
+            except asyncio.TimeoutError:
+                raise _Lost(f"nothing heard for {self._lease_s:g} s") from None
 
 
 Call = grpc.aio.StreamStreamCall[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,8 @@ class Uplink:
             LOG.exception("upload ended by a bug task=%s", update.task_id)
             self._on_failure(update, FailureKind.INTERNAL, f"The upload ended by an unexpected error: {type(error).__name__}: {error}.")
         else:
-            self._on_receipt(receipt)
+            # Whatever it says of lease: it came in answer to this very update.
+            self._on_receipt(replace(receipt, task_id=update.task_id, lease=update.lease))
 
     async def _status(self, update: Update) -> blob_pb2.UploadStatusResponse:
         blob = messages_pb2.BlobRef(digest=update.blob.digest, size_bytes=update.blob.size_bytes)

@@ -406,3 +406,13 @@ def test_memory_grows_neither_with_the_state_nor_with_the_devices(tmp_path: Path
 
     assert grown_kib(4) < 3 << 10  # the state is 16 MiB
     assert grown_kib(100) < 3 << 10
+
+
+def test_neighbouring_tensors_are_folded_as_one_span(tmp_path: Path) -> None:
+    arrays: dict[str, Array] = {f"layer.{index}": np.ones(3, np.float32) for index in range(9)}
+    base = codec.read_table(tensors.write(tmp_path / "base", arrays, {}))
+    every = codec.read_table(tensors.write(tmp_path / "every", arrays, {aggregate.KIND_KEY: "delta"}))
+    arrays.pop("layer.4")
+    without = codec.read_table(tensors.write(tmp_path / "without", arrays, {aggregate.KIND_KEY: "delta"}))
+    assert [span.elements for span in aggregate._spans(base, [every])] == [27]
+    assert [span.elements for span in aggregate._spans(base, [every, without])] == [12, 3, 12]
