@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import inspect
@@ -103,8 +104,9 @@ def _threads() -> Iterator[tuple[int, str]]:
             yield id(thread), thread.name
 
 
-def _children() -> Iterator[tuple[tuple[int, float], str]]:
-    for child in psutil.Process().children(recursive=True):
+def _children(parent: psutil.Process | None = None) -> Iterator[tuple[tuple[int, float], str]]:
+    """Every process below this one; not below a daemon that a shared fixture holds, whose children are its own business."""
+    for child in (parent or psutil.Process()).children():
         try:
             words = " ".join(child.cmdline()) or f"{child.name()} ({child.status()})"
             identity = (child.pid, child.create_time())
@@ -112,6 +114,13 @@ def _children() -> Iterator[tuple[tuple[int, float], str]]:
             continue
         if not LASTING_CHILDREN.search(words):
             yield identity, f"{child.pid}: {words[:200]}"
+        if identity not in {shared for shared, _ in _shared[0].children}:
+            yield from _below(child)
+
+
+def _below(process: psutil.Process) -> Iterator[tuple[tuple[int, float], str]]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        yield from _children(process)
 
 
 def _files() -> Iterator[tuple[tuple[int, str], str]]:
@@ -180,6 +189,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     outcome = yield
     # A failed test's traceback keeps its objects alive, and its own message is the one to read.
     if item.stash.get(_passed, False):
+        if isinstance(item, pytest.Function):
+            # pytest keeps the values of fixtures that are torn down; grpc.aio keeps its descriptors for as long as any of its objects lives.
+            item.funcargs.clear()
         leaked = leaked_since(item.stash[_before].and_also(_shared[0]))
         if leaked != NOTHING:
             pytest.fail("left behind by this test:\n  " + "\n  ".join(leaked.words()), pytrace=False)

@@ -47,7 +47,10 @@ class ComplaintsError(ConfigError):
 def shown(value: object) -> str:
     """A value as TOML would write it, on one line and shortened; nested values only by their size."""
     if isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False)
+        # Left as they are, direction marks and terminal codes would rewrite the complaint around them.
+        text = "".join(
+            c if c.isprintable() else f"\\u{ord(c):04x}" for c in json.dumps(value[: 2 * SHOWN_CHARACTERS_MAX], ensure_ascii=False)
+        )
     elif isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, int):

@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 def configure(level: str, style: str, stream: TextIO | None = None) -> None:
-    """Send everything to `stream` (standard error). `style` is "text", "json" or "auto": text on a terminal, else text without colour codes."""
+    """Send everything to `stream` (standard error). `style` is "text", "json" or "auto": text, wherever it goes."""
     target = sys.stderr if stream is None else stream
     handler = logging.StreamHandler(target)
     handler.setFormatter(JsonLines() if style == "json" else TextLines())
@@ -24,7 +24,10 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
 class TextLines(logging.Formatter):
     """2026-01-31T12:00:00.123Z info engine: job=... round=..."""
 
-    converter = time.gmtime
+    @staticmethod
+    def converter(timestamp: float | None) -> time.struct_time:
+        """Times of a fleet are compared across machines: UTC."""
+        return time.gmtime(timestamp)
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")

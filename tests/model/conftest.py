@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from support.tiny_fixtures import bert, causal_rows, gpt2, llama, rows_file, t5
+from support.tiny_fixtures import bert, causal_rows, gpt2, llama, offline, rows_file, t5
 
-__all__ = ["bert", "causal_rows", "gpt2", "llama", "rows_file", "t5"]
+__all__ = ["bert", "causal_rows", "gpt2", "llama", "offline", "rows_file", "t5"]

@@ -43,6 +43,7 @@ class Fleet:
     """Offsets at which a download breaks, once each."""
     damage: Callable[[blob_pb2.Chunk], None] | None = None
     watches_open: int = 0
+    watch_ended: asyncio.Event = field(default_factory=asyncio.Event)
     hold_watch: asyncio.Event = field(default_factory=asyncio.Event)
     """A watch of a running job waits for it after `watched`."""
 
@@ -101,6 +102,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             yield control_pb2.WatchJobResponse(job=await self._find(request.job_id, context))
         finally:
             self.fleet.watches_open -= 1
+            self.fleet.watch_ended.set()
 
     async def CancelJob(self, request: control_pb2.CancelJobRequest, context: Context) -> control_pb2.CancelJobResponse:
         job = await self._change(request.job_id, control_pb2.JOB_STATE_CANCELLED, context)
@@ -123,9 +125,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def ListDevices(self, request: control_pb2.ListDevicesRequest, context: Context) -> control_pb2.ListDevicesResponse:
         return control_pb2.ListDevicesResponse(devices=self.fleet.devices)
 
-    async def DescribeAdapter(
-        self, request: control_pb2.DescribeAdapterRequest, context: Context
-    ) -> control_pb2.DescribeAdapterResponse:
+    async def DescribeAdapter(self, request: control_pb2.DescribeAdapterRequest, context: Context) -> control_pb2.DescribeAdapterResponse:
         self.fleet.described.append(request)
         job = await self._find(request.job_id, context)
         files = [

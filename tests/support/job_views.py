@@ -34,9 +34,13 @@ def task(
     return view
 
 
-def committed(number: int, tasks: Sequence[pb.DeviceTask] | None = None, *, accuracy: float | None = None, loss: float = 1.0) -> pb.RoundView:
+def committed(
+    number: int, tasks: Sequence[pb.DeviceTask] | None = None, *, accuracy: float | None = None, loss: float = 1.0
+) -> pb.RoundView:
     """A committed round; three devices did their part unless told otherwise."""
-    own = list(tasks) if tasks is not None else [task(name, samples=384, loss=loss) for name in ("kitchen-pi", "garage-orin", "hall-laptop")]
+    own = (
+        list(tasks) if tasks is not None else [task(name, samples=384, loss=loss) for name in ("kitchen-pi", "garage-orin", "hall-laptop")]
+    )
     folded = sum(item.state == pb.DEVICE_TASK_STATE_DONE for item in own)
     metrics = [messages_pb2.Metric(name="loss", value=loss * 0.9)]
     if accuracy is not None:

@@ -109,7 +109,12 @@ def encoded(message: Message) -> str:
 
 
 def train_fields(
-    task: messages_pb2.Task, state: Path, out: Path | None, base: Path | None = None, train: Path | None = None, validation: Path | None = None
+    task: messages_pb2.Task,
+    state: Path,
+    out: Path | None,
+    base: Path | None = None,
+    train: Path | None = None,
+    validation: Path | None = None,
 ) -> dict[str, object]:
     """Fields of a train or evaluate request to the training child."""
     data = None

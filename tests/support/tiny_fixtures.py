@@ -9,6 +9,12 @@ import pytest
 from support import tiny_models
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT asks the hub for the base of an adapter that it saves, unless it is told not to."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.tiny_classifier(tmp_path_factory.mktemp("bases") / "tiny-bert")

@@ -10,13 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -52,7 +54,7 @@ def tiny_classifier(folder: Path, layers: int = 2) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=INITIAL_SPREAD,
     )
-    return _save(folder, BertForMaskedLM(config).bert, tokenizer)
+    return _save(folder, BertModel(config), tokenizer)
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -174,3 +176,19 @@ def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_roberta(folder: Path) -> Path:
+    """A RoBERTa body, whose classification head has a layer that is named like layers of the body."""
+    torch.manual_seed(5)
+    tokenizer = _tokenizer(pair_of_sentences=True)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(folder, RobertaForMaskedLM(config), tokenizer)

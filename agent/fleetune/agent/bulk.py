@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from fleetune.agent.backoff import Backoff
+from fleetune.agent.waiting import happened
 from fleetune.errors import UnreachableError, WireError
 
 LOG = logging.getLogger(__name__)
@@ -100,7 +101,4 @@ class Retry:
 
     async def _wait(self, wait_s: float) -> None:
         self._wake.clear()
-        try:
-            await asyncio.wait_for(self._wake.wait(), wait_s)
-        except asyncio.TimeoutError:
-            return
+        await happened(self._wake, wait_s)

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Cache:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def holding(self, names: Iterable[str]) -> Iterator[None]:
+    def holding(self, names: Iterable[str]) -> Generator[None, None, None]:
         """Protects blobs and bases of these digests from removal."""
         held = list(names)
         self._held.update(held)

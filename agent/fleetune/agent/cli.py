@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -170,8 +170,8 @@ def check(as_json: bool, **options: Any) -> int:
     else:
         width = max(len(name) for name in report)
         for name, value in report.items():
-            words = value if isinstance(value, list) else [value]
-            _say(f"{name:<{width}}  {', '.join(str(word) for word in words) if words and words != [None] else '-'}")
+            text = ", ".join(cast("list[str]", value)) if isinstance(value, list) else str(value or "")
+            _say(f"{name:<{width}}  {text or '-'}")
         for variable in config.unused_environment:
             _say(f"warning: the environment variable {variable} is no setting", error=True)
         for complaint in missing:

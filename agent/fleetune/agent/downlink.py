@@ -97,7 +97,7 @@ class Downlink:
                 response = await call.read()
             if writing is not None:
                 await writing
-            if not spool.complete:
+            if spool.position < blob.size_bytes:
                 raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {spool.position} of {blob.size_bytes}.")
             if on_bytes is not None:
                 on_bytes(spool.position, blob.size_bytes)

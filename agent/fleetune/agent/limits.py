@@ -16,7 +16,7 @@ WARM_MEMORY_BYTES_MIN = 1792 * 1024**2
 WARM_AVAILABLE_FRACTION_MIN = 0.15
 """Below this part of free memory a loaded model is let go at once."""
 
-_HOURS = re.compile(r"(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})")
+_HOURS = re.compile(r"(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})", re.ASCII)
 
 
 class HoursError(ConfigError):

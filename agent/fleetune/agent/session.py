@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import grpc.aio
 from fleetune.agent import convert
 from fleetune.agent.backoff import Backoff
 from fleetune.agent.domain import Receipt, Task, Welcome
+from fleetune.agent.waiting import happened, within
 from fleetune.errors import FleetuneError, UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -26,9 +26,6 @@ LOG = logging.getLogger(__name__)
 
 WELCOME_DEADLINE_S = 10.0
 """From dialling to Welcome. A host that swallows packets would otherwise hold the agent for minutes."""
-
-DUPLICATE_PATIENCE_S = 45.0
-"""The coordinator may hold an old session of this very agent for a lease after a cut; a real second agent stays longer than this."""
 
 LEAVE_DEADLINE_S = 1.0
 LOG_MESSAGES_MAX = 64
@@ -77,7 +74,7 @@ class Session:
         self._connected = False
         self._ever_connected = False
         self._complained = False
-        self._duplicate_since_s: float | None = None
+        self._duplicate_until_s: float | None = None
         self._leaving = asyncio.Event()
 
     @property
@@ -109,8 +106,7 @@ class Session:
         self._leaving.set()
         if self._connected:
             self._mailbox.close_with(fleet_pb2.SessionRequest(leaving=fleet_pb2.Leaving(reason=reason)))
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._mailbox.written(), LEAVE_DEADLINE_S)
+            await happened(self._mailbox.written, LEAVE_DEADLINE_S)
 
     async def run(self) -> None:
         """Keep a session open until `leave`. RefusedError for a final refusal, UnreachableError after the first-connect timeout."""
@@ -127,8 +123,11 @@ class Session:
             except _Refused as refused:
                 now_s = time.monotonic()
                 if refused.kind == fleet_pb2.REFUSAL_KIND_DUPLICATE_ID:
-                    self._duplicate_since_s = self._duplicate_since_s or now_s
-                    if now_s - self._duplicate_since_s > DUPLICATE_PATIENCE_S:
+                    # The coordinator may hold an old session of this very agent until its lease has run out after a cut, which is when
+                    # it says to try again; whoever has the id then is a second agent.
+                    if self._duplicate_until_s is None:
+                        self._duplicate_until_s = now_s + refused.retry_after_s
+                    elif now_s >= self._duplicate_until_s:
                         refused.retry_after_s = 0.0
                 if refused.retry_after_s <= 0:
                     raise RefusedError(
@@ -152,8 +151,7 @@ class Session:
             level = logging.DEBUG if self._complained else logging.WARNING
             self._complained = True
             LOG.log(level, "not connected, retrying until it works coordinator=%s wait_s=%.1f cause=%r", self._address, wait_s, cause)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), wait_s)
+            await happened(self._leaving, wait_s)
 
     async def _once(self, backoff: Backoff, welcome_deadline_s: float) -> None:
         """One session from dialling to its end."""
@@ -162,12 +160,12 @@ class Session:
         call = self._stub.Session(wait_for_ready=backoff.failures > 0)
         try:
             try:
-                welcome = await asyncio.wait_for(self._greet(call), welcome_deadline_s)
+                welcome = await within(welcome_deadline_s, self._greet(call))
             except asyncio.TimeoutError:
                 raise _Lost(f"no answer within {welcome_deadline_s:g} s") from None
             backoff.reset()
             self._complained = False
-            self._duplicate_since_s = None
+            self._duplicate_until_s = None
             self._ever_connected = self._connected = True
             self._mailbox = Mailbox()
             self._listener.connected(welcome)
@@ -266,7 +264,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._filled = asyncio.Event()
-        self._written = asyncio.Event()
+        # Set once nothing more will be written.
+        self.written = asyncio.Event()
         self._urgent: deque[fleet_pb2.SessionRequest] = deque()
         self._heartbeat: fleet_pb2.Heartbeat | None = None
         self._progress: dict[str, fleet_pb2.TaskProgress] = {}
@@ -291,17 +290,14 @@ class Mailbox:
         self._filled.set()
 
     def close_with(self, request: fleet_pb2.SessionRequest) -> None:
-        """The last message; `written` returns once it is."""
+        """The last message; `written` is set once it is."""
         self._last = request
         self._closing = True
         self._filled.set()
 
     def abandon(self) -> None:
         """Nothing more will be written."""
-        self._written.set()
-
-    async def written(self) -> None:
-        await self._written.wait()
+        self.written.set()
 
     async def next(self) -> fleet_pb2.SessionRequest | None:
         """The next message to write; None after the last one."""
@@ -342,12 +338,9 @@ class _Pulse:
         self._heard.set()
 
     async def lost(self) -> None:
-        while True:
+        while await happened(self._heard, self._lease_s):
             self._heard.clear()
-            try:
-                await asyncio.wait_for(self._heard.wait(), self._lease_s)
-            except asyncio.TimeoutError:
-                raise _Lost(f"nothing heard for {self._lease_s:g} s") from None
+        raise _Lost(f"nothing heard for {self._lease_s:g} s")
 
 
 Call = grpc.aio.StreamStreamCall[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]

@@ -134,12 +134,15 @@ class Uplink:
                 request = await reading
                 offset = reader.position
                 reading = loop.run_in_executor(self._files, reader.following) if offset < size_bytes else None
-                await call.write(request)
+                try:
+                    await call.write(request)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    # The coordinator answered before it had all: it has the result already, or its status says what is wrong. The
+                    # error of the write is only that a stream ended ("Internal error from Core"); the call itself knows the answer.
+                    break
                 self._on_bytes(update, offset, size_bytes)
-            await call.done_writing()
-            response = await call
-        except asyncio.InvalidStateError:
-            # The coordinator answered before it had all: it has the result already, or its status says what is wrong.
+            else:
+                await call.done_writing()
             response = await call
         finally:
             call.cancel()

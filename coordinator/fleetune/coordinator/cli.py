@@ -557,11 +557,18 @@ def _change(context: click.Context, coordinator: str | None, as_json: bool, ask:
 
 
 async def _follow(client: Client, job: str, console: Console, *, lines: bool, as_json: bool) -> int:
+    import asyncio
+
     from fleetune.coordinator import watch as watching
 
     notice = watching.Notice()
     views = client.watch(job, notice.set)
-    last = await (watching.show_json(views, sys.stdout) if as_json else watching.show(views, console, notice, lines=lines))
+    try:
+        last = await (watching.show_json(views, sys.stdout) if as_json else watching.show(views, console, notice, lines=lines))
+    except asyncio.CancelledError:
+        # Ctrl-C: people wonder whether they have ended the job as well.
+        sys.stderr.write(f"the job goes on; `fleetune watch {job}` follows it again, `fleetune cancel {job}` ends it\n")
+        raise
     return _job_exit(last)
 
 
@@ -621,6 +628,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # grpc's own lines on stderr say nothing that our errors do not say better.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Its fork hooks run between fork and exec of a child process, and now and then crash it there (uvloop forks by itself).
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     as_json = "--json" in words
     try:
         code = cli.main(args=words, prog_name="fleetune", standalone_mode=False)

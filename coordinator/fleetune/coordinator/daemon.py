@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fleetune import logs
 from fleetune.coordinator.config import CoordinatorConfig
+from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.registry import Registry, names_of
 from fleetune.coordinator.rounds.engine import Engine, Settings
 from fleetune.coordinator.rounds.host import ModelHost
@@ -75,7 +76,7 @@ async def _serve(config: CoordinatorConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with _running(config) as (server, engine, fleet, blob_service, health_service, port):
+    async with running(config) as (server, engine, fleet, blob_service, health_service, port):
         host = config.listen.rpartition(":")[0]
         address = f"{host}:{port}"
         _write_address(config.state_dir, address)
@@ -103,9 +104,9 @@ async def _serve(config: CoordinatorConfig) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _running(
+async def running(
     config: CoordinatorConfig,
-) -> AsyncIterator[tuple[grpc.aio.Server, Engine, FleetService, BlobService, health.aio.HealthServicer, int]]:
+) -> AsyncGenerator[tuple[grpc.aio.Server, Engine, FleetService, BlobService, health.aio.HealthServicer, int]]:
     """Everything opened in order, and closed in the opposite one."""
     database = Database(config.state_dir / "coordinator.sqlite")
     try:
@@ -113,7 +114,7 @@ async def _running(
         blobs = BlobStore(config.state_dir)
         blobs.clean_spool(SPOOL_KEPT_S)
         devices = await database.read(records.load_devices)
-        epoch = int(await database.read(lambda c: records.read_meta(c, "epoch")) or "1")
+        epoch = await database.read(lambda connection: int(records.read_meta(connection, "epoch") or "1"))
         registry = Registry(config.lease_s, dict(names_of((d.device_id, d.name) for d in devices)))
         settings = Settings(config.state_dir, config.keep_rounds, config.parallel_jobs, absent_grace_s=config.lease_s)
         engine = Engine(settings, database, blobs, registry, ModelHost())
@@ -150,14 +151,14 @@ def _bind(server: grpc.aio.Server, listen: str) -> int:
     try:
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise ConfigError(
+        raise MachineError(
             f"the address {listen} cannot be listened on: it is taken, or not one of this machine's.",
             "Stop what uses it, or choose another with --listen (port 0 takes any free one).",
         ) from error
 
 
 @contextlib.contextmanager
-def _locked(state_dir: Path) -> Iterator[IO[str]]:
+def _locked(state_dir: Path) -> Generator[IO[str]]:
     """One coordinator per state_dir: the lock ends with the process, however it ends."""
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -170,8 +171,9 @@ def _locked(state_dir: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise ConfigError(
-                f"state_dir {state_dir} is in use by another coordinator (process {owner}).", "Stop that one, or name another with --state-dir."
+            raise MachineError(
+                f"state_dir {state_dir} is in use by another coordinator (process {owner}).",
+                "Stop that one, or name another with --state-dir.",
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -200,4 +202,3 @@ def _quieten_allocator() -> None:
         libc.mallopt(m_arena_max, 2)
         libc.mallopt(m_mmap_threshold, 256 * 1024)
         libc.mallopt(m_trim_threshold, 1024 * 1024)
-

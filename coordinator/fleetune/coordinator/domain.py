@@ -54,8 +54,8 @@ class Update:
 
     blob: Blob
     samples: int
-    metrics: Metrics = field(default_factory=dict)
-    seconds: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict[str, float])
+    seconds: Metrics = field(default_factory=dict[str, float])
     peak_rss_bytes: int = 0
     norm: float = 0.0
 
@@ -122,11 +122,11 @@ class RoundEntry:
     phase: Phase
     started_unix_s: float
     deadline_unix_s: float = 0.0
-    tasks: dict[str, TaskEntry] = field(default_factory=dict)
+    tasks: dict[str, TaskEntry] = field(default_factory=dict[str, TaskEntry])
     start_state: Blob | None = None
     state: Blob | None = None
     optimizer: Blob | None = None
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict[str, float])
     evaluation_rows: int = 0
     late: int = 0
     update_norm: float = 0.0

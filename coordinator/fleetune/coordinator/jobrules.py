@@ -131,6 +131,14 @@ def _model(draft: Draft) -> Iterator[Complaint]:
         yield Complaint("model.base", shown(model.base), allowed, "Correct the id, or write the folder with its full path.")
 
 
+def _hub(draft: Draft) -> Iterator[Complaint]:
+    model = draft.spec.model
+    if model.base and not is_folder(model.base) and not model.allow_hub and draft.sound("model.base", "model.allow_hub"):
+        yield Complaint(
+            "model.allow_hub", "false", "true, for a hub id", "Allow the hub, or name in model.base the folder that holds the model."
+        )
+
+
 def _task(draft: Draft) -> Iterator[Complaint]:
     task = draft.spec.task
     if task.kind is None:
@@ -331,6 +339,7 @@ def _for_models(rule: Callable[[Draft], Iterator[Complaint]]) -> Callable[[Draft
 _RULES: tuple[Callable[[Draft], Iterator[Complaint]], ...] = (
     _name,
     _for_models(_model),
+    _for_models(_hub),
     _for_models(_task),
     _for_models(_lora),
     _for_models(_data),

@@ -58,7 +58,7 @@ class ModelSection(Section):
         default="auto", description="Type of the frozen weights on the device; auto takes what the accelerator is good at."
     )
     allow_hub: bool = Field(
-        default=True, description="Whether the coordinator may fetch the model from the hub; false takes its local cache only."
+        default=True, description="Whether the coordinator may ask the hub for the model; without it, base has to be a folder."
     )
 
 

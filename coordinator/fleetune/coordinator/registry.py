@@ -13,6 +13,9 @@ from fleetune.coordinator.domain import Candidate
 
 RefusalKind = Literal["duplicate_id", "name_taken", "invalid"]
 
+REFUSAL_PAUSE_S = 30.0
+"""A device that refused a task is asked again after this, or as soon as it says that it accepts tasks."""
+
 
 @dataclass(frozen=True)
 class Greeting:
@@ -38,6 +41,8 @@ class Session:
     accepts_tasks: bool
     reason: str
     last_heard_s: float
+    not_before_s: float = 0.0
+    """No task before this time: it has just refused one, and would in a loop."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ class Registry:
     """Live sessions by device id. Written only by the fleet service and the engine, on the event loop."""
 
     lease_s: float
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict[str, str])
     """Device name -> device id, of every device ever seen."""
-    sessions: dict[str, Session] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict[str, Session])
     _next_session: int = 1
 
     def admit(self, greeting: Greeting, now_s: float) -> Session | Refused:
@@ -103,26 +108,34 @@ class Registry:
         del self.sessions[session.greeting.device_id]
         return True
 
-    def silent(self, now_s: float) -> list[Session]:
-        """Sessions not heard of for longer than the lease."""
-        return [s for s in self.sessions.values() if now_s - s.last_heard_s > self.lease_s]
+    def announce(self, session: Session, accepts_tasks: bool, reason: str) -> None:
+        """The device's own word about whether it takes tasks; it ends the pause after a refusal."""
+        session.accepts_tasks, session.reason, session.not_before_s = accepts_tasks, reason, 0.0
 
-    def candidates(self, needs: Needs, busy: Collection[str]) -> tuple[Candidate, ...]:
+    def refused(self, session: Session, reason: str, now_s: float) -> None:
+        """The device refused a task: it is left alone for a while."""
+        session.reason, session.not_before_s = reason, now_s + REFUSAL_PAUSE_S
+
+    def next_return_s(self, now_s: float) -> float | None:
+        """When the next device may be asked again after a refusal."""
+        return min((s.not_before_s for s in self.sessions.values() if s.accepts_tasks and s.not_before_s > now_s), default=None)
+
+    def candidates(self, needs: Needs, busy: Collection[str], now_s: float) -> tuple[Candidate, ...]:
         """Devices that are connected, willing, free and able to do `needs`."""
         return tuple(
             Candidate(s.greeting.device_id, s.greeting.name)
             for s in self.sessions.values()
-            if s.accepts_tasks and s.greeting.device_id not in busy and not lacks(s.greeting, needs)
+            if s.accepts_tasks and s.not_before_s <= now_s and s.greeting.device_id not in busy and not lacks(s.greeting, needs)
         )
 
-    def explain(self, needs: Needs, busy: Collection[str]) -> dict[str, str]:
+    def explain(self, needs: Needs, busy: Collection[str], now_s: float) -> dict[str, str]:
         """Device name -> why it may not take the job's task now."""
         reasons: dict[str, str] = {}
         for session in self.sessions.values():
             greeting = session.greeting
             if missing := lacks(greeting, needs):
                 reasons[greeting.name] = missing
-            elif not session.accepts_tasks:
+            elif not session.accepts_tasks or session.not_before_s > now_s:
                 reasons[greeting.name] = session.reason or "its owner's limits forbid it now"
             elif greeting.device_id in busy:
                 reasons[greeting.name] = "works on another task"

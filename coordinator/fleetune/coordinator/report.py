@@ -11,7 +11,17 @@ from rich.text import Text
 
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, metric_text
 from fleetune.coordinator.jsonview import Json, enum_word, message_json
-from fleetune.coordinator.watch import best_round, metric_name, metric_of, problem_text, rounds_table, state_style, state_word, trained_by
+from fleetune.coordinator.watch import (
+    base_words,
+    best_round,
+    metric_name,
+    metric_of,
+    problem_text,
+    rounds_table,
+    state_style,
+    state_word,
+    trained_by,
+)
 from fleetune.v1 import control_pb2 as pb
 
 
@@ -111,7 +121,7 @@ def _facts(job: pb.JobView, now_unix_s: float) -> RenderableType:
     grid.add_row("state", Text.assemble(state, f": {job.message}" if job.message else ""))
     grid.add_row("method", " · ".join(part for part in (job.method, job.model_task) if part))
     if job.base:
-        grid.add_row("base", job.base)
+        grid.add_row("base", base_words(job.base))
     rounds = f"{job.rounds_committed} of {job.rounds_total} committed"
     start = job.started_unix_s or job.submitted_unix_s
     grid.add_row("rounds", f"{rounds}, {duration_text(max(0.0, (job.ended_unix_s or now_unix_s) - start))}" if start else rounds)

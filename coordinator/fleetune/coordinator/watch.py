@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TextIO
@@ -87,6 +88,11 @@ def best_round(job: pb.JobView) -> pb.RoundView | None:
     return next((item for item in job.history if item.round == job.best_round), None)
 
 
+def base_words(base: str) -> str:
+    """A hub id as it is; of a folder, the two last parts, as the first ones say nothing of the model."""
+    return "/".join(base.rstrip("/").split("/")[-2:])
+
+
 def trained_by(view: pb.RoundView) -> list[pb.DeviceTask]:
     """The training tasks of a round; devices' evaluations are tasks of their own."""
     return [task for task in view.tasks if task.kind != messages_pb2.TASK_KIND_EVALUATE]
@@ -106,7 +112,12 @@ def one_a_device(view: pb.RoundView) -> list[pb.DeviceTask]:
             latest[task.device_name] = merged
         else:
             latest[task.device_name] = task
-    return list(latest.values())
+    return sorted(latest.values(), key=by_name)
+
+
+def by_name(task: pb.DeviceTask) -> list[tuple[int, str]]:
+    """Sorts as people count: agent-2 before agent-10. A device thus keeps its line from round to round."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,9})", task.device_name)]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
@@ -135,7 +146,8 @@ def render(job: pb.JobView, *, now_unix_s: float, width: int, height: int = 40, 
         parts += [Text(), rounds_table(job, width=width, last=rounds_max)]
     elif job.initial_metrics:
         parts += [Text(), Text(f"before the first round: {_measures(job, job.initial_metrics)}", style="dim")]
-    parts += [Text(), _totals(job)]
+    if job.upload_bytes or job.download_bytes or (job.state in _ENDED and job.adapter_folder):
+        parts += [Text(), _totals(job)]
     return Padding(Group(*parts), (0, 1), expand=False) if width < 40 else _Bounded(Padding(Group(*parts), (0, 1)), width)
 
 
@@ -159,7 +171,7 @@ class _Bounded:
 def _header(job: pb.JobView, now_unix_s: float) -> RenderableType:
     title = Text.assemble((job.name or "job", "bold"), "  ", (job.job_id, "dim"))
     state = Text(state_word(job.state), style=f"bold {state_style(job.state)}")
-    about = " · ".join(part for part in (job.method, job.model_task, job.base) if part)
+    about = " · ".join(part for part in (job.method, job.model_task, base_words(job.base)) if part)
     grid = Table.grid(
         Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True), expand=True, padding=(0, 1)
     )
@@ -232,10 +244,10 @@ def _task_share(task: pb.DeviceTask) -> float:
 
 def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> RenderableType:
     bar_width = 20 if width >= WIDE else 10
-    name_width = max(8, min(32 if width >= WIDE else 18, max(len(task.device_name) for task in tasks)))
+    name_width = max(8, min(32 if width >= WIDE else 17, max(len(task.device_name) for task in tasks)))
     table = Table(
         Column("device", width=name_width if width >= 80 else 8, no_wrap=True, overflow="ellipsis"),
-        Column("doing", width=13, no_wrap=True, overflow="ellipsis"),
+        Column("doing", width=14, no_wrap=True, overflow="ellipsis"),
         Column("", width=bar_width),
         Column("", no_wrap=True, width=14),
         Column("loss", justify="right", no_wrap=True, min_width=6),
@@ -425,7 +437,7 @@ class Announcer:
         if current.round <= self._started:
             return []
         self._started = current.round
-        names = [task.device_name for task in trained_by(current)]
+        names = [task.device_name for task in sorted(trained_by(current), key=by_name)]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return [f"round {current.round}/{job.rounds_total} started on {count_text(len(names), 'device')}: {shown}"]
 
@@ -452,7 +464,9 @@ class Announcer:
 
 
 def _measures(job: pb.JobView, metrics: Sequence[messages_pb2.Metric]) -> str:
+    """The loss and the metric of the job; `--json` has the others."""
     first = metric_name(job)
+    metrics = [metric for metric in metrics if metric.name in ("loss", first)]
     ordered = sorted(metrics, key=lambda metric: (metric.name != "loss", metric.name != first, metric.name))
     return ", ".join(
         f"{'eval loss' if metric.name == 'loss' else metric.name.replace('_', ' ')} {metric_text(metric.name, metric.value)}"

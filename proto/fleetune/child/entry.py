@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 from fleetune import errors
 
@@ -86,9 +87,10 @@ def _answer(line: bytes, handlers: Mapping[str, Handler], send: Callable[[Mappin
         send({"id": request_id, "event": event, **fields})
 
     try:
-        request = json.loads(line)
-        if not isinstance(request, dict):
-            raise errors.UnsupportedError(f"A request must be a JSON object, this one is {type(request).__name__}.")
+        parsed: object = json.loads(line)
+        if not isinstance(parsed, dict):
+            raise errors.UnsupportedError(f"A request must be a JSON object, this one is {type(parsed).__name__}.")
+        request = cast("dict[str, object]", parsed)
         request_id = request.get("id")
         op = str(request.get("op"))
         stage = op
@@ -196,6 +198,6 @@ def _finite(message: Mapping[str, object]) -> dict[str, object]:
 def _finite_items(message: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in message.items():
         if isinstance(value, Mapping):
-            yield key, _finite(value)
+            yield key, _finite(cast("Mapping[str, object]", value))
         else:
             yield key, None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from fleetune.errors import FleetuneError
 
@@ -112,8 +113,7 @@ class ChildProcess:
         request_id = self._next_id
         self._next_id += 1
         try:
-            process.stdin.write(json.dumps({"id": request_id, "op": op, **fields}).encode() + b"\n")
-            await process.stdin.drain()
+            await _write(process.stdin, json.dumps({"id": request_id, "op": op, **fields}).encode() + b"\n")
             while True:
                 line = await process.stdout.readline()
                 if not line:
@@ -124,7 +124,7 @@ class ChildProcess:
                 if "result" in answer:
                     result = answer["result"]
                     assert isinstance(result, dict)
-                    return result
+                    return cast("dict[str, object]", result)
                 if "error" in answer:
                     error = answer["error"]
                     raise ChildError(
@@ -169,6 +169,11 @@ class ChildProcess:
     async def _death(self) -> Death:
         process = self._process
         assert process is not None
+        # It closed its end of the protocol, so it is of no more use even if it still runs.
+        await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=TERM_GRACE_S)
+        # Its own children (data loaders) would keep standard error open, and the wait for its end without one.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         if self._stderr_task is not None:
             await self._stderr_task
@@ -193,6 +198,15 @@ class ChildProcess:
             del self._stderr[:-STDERR_BYTES_KEPT]
             if self.on_stderr is not None:
                 self.on_stderr(block.decode("utf-8", "replace"))
+
+
+async def _write(pipe: asyncio.StreamWriter, data: bytes) -> None:
+    try:
+        pipe.write(data)
+    except RuntimeError as error:
+        # What uvloop raises, and asyncio's own loop does not, for a pipe whose other end is gone already.
+        raise BrokenPipeError(str(error)) from error
+    await pipe.drain()
 
 
 def _oom_kills() -> int:

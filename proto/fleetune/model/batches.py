@@ -150,7 +150,8 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int],
         )
     text, spans = _templated(messages, tokenizer) if tokenizer.chat_template else _plain(messages, tokenizer)
     encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
-    learned = [begin < end and any(first <= begin < last for first, last in spans) for begin, end in encoded["offset_mapping"]]
+    # By a token's last character: byte-level tokens begin with the space before their word, which belongs to the prompt.
+    learned = [begin < end and any(first < end <= last for first, last in spans) for begin, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), learned
 
 

@@ -149,16 +149,13 @@ def _targeted_modules(model: Model, head: tuple[str, ...], recipe: Recipe) -> Ma
 
 
 def target_choices(model: Model, head: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The module name endings that LoRA can be attached to, sorted."""
-    return tuple(
-        sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if isinstance(module, _TARGETABLE) and not _is_inside(name, head)
-            }
-        )
-    )
+    """The module name endings that LoRA can be attached to: layers first, then embeddings, each sorted."""
+    found = {
+        (isinstance(module, torch.nn.Embedding), name.rpartition(".")[2])
+        for name, module in model.named_modules()
+        if isinstance(module, _TARGETABLE) and not _is_inside(name, head)
+    }
+    return tuple(name for _, name in sorted(found))
 
 
 def _is_inside(name: str, head: tuple[str, ...]) -> bool:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.child_client import ChildClient
-from support.jobs import echo_task, encoded, fedavg_payload, task_message, train_fields
 
 from fleetune.agent.methods import echo, table
 from fleetune.agent.methods.work import Limits, Work
 from fleetune.errors import ModelError, UnsupportedError
 from fleetune.v1 import messages_pb2
 from fleetune.wire import codec
+from support.child_client import ChildClient
+from support.jobs import echo_task, encoded, fedavg_payload, task_message, train_fields
 
 LIMITS = Limits(1, "cpu", None)
 
@@ -41,7 +41,9 @@ def test_every_tensor_grows_by_the_constant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8])
 def test_sums_are_those_of_the_tensors_own_type(tmp_path: Path, dtype: torch.dtype) -> None:
-    values = (torch.arange(-50, 50) * 3 + 1).to(torch.float32).mul(1.25).to(dtype) if dtype.is_floating_point else torch.arange(100, dtype=dtype)
+    values = (
+        (torch.arange(-50, 50) * 3 + 1).to(torch.float32).mul(1.25).to(dtype) if dtype.is_floating_point else torch.arange(100, dtype=dtype)
+    )
     save_file({"a": values}, tmp_path / "state")
     echo.train(_run(echo_task(9), tmp_path / "state", tmp_path / "out"), _silent)
     assert torch.equal(load_file(tmp_path / "out")["a"], values + torch.tensor(9, dtype=dtype))

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapted import adapted, quiet
-from support.jobs import fedavg_payload, recipe_message, task_message
-from support.tiny_models import write_jsonl
 
 from fleetune.agent.methods import fedavg_lora
 from fleetune.agent.methods.work import DataFile, DeviceData, Limits, Trained, Work
@@ -18,6 +15,9 @@ from fleetune.methods.v1 import fedavg_lora_pb2
 from fleetune.model import adapter
 from fleetune.v1 import messages_pb2
 from fleetune.wire import codec
+from support.adapted import adapted, quiet
+from support.jobs import fedavg_payload, recipe_message, task_message
+from support.tiny_models import write_jsonl
 
 LIMITS = Limits(1, "cpu", None)
 
@@ -48,12 +48,11 @@ def _report(trained: Trained) -> fedavg_lora_pb2.FedavgLoraReport:
     return report
 
 
-def test_the_delta_added_to_the_state_is_the_local_model(bert: Path, state: Path, rows_file: Path) -> None:
+def test_the_delta_covers_the_states_tensors_and_is_reported(bert: Path, state: Path, rows_file: Path) -> None:
     work = _work(bert, state, rows_file, fedavg_payload())
     trained = fedavg_lora.train(work, quiet)
     before, delta = load_file(state), load_file(state.with_name("update.safetensors"))
     assert before.keys() == delta.keys()
-    # Training from state + delta with no rate moves nothing: the same model again.
     table = codec.read_table(state.with_name("update.safetensors"))
     assert table.metadata == {"fleetune.update": "delta"}
     norm = torch.cat([tensor.flatten() for tensor in delta.values()]).norm()

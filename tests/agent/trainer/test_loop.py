@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.adapted import adapted, examples, quiet
-from support.jobs import recipe_message
 
 from fleetune.agent.trainer import loop
 from fleetune.errors import NotFiniteError
 from fleetune.model.batches import Batch
 from fleetune.model.lora import AdaptedModel
+from support.adapted import adapted, examples, quiet
+from support.jobs import recipe_message
 
 PLAN = loop.Plan(
     total_rows=24,

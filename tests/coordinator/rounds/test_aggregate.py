@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.coordinator.rounds import aggregate
+from fleetune.coordinator.rounds import aggregate, slabs
 from fleetune.coordinator.rounds.aggregate import Contribution, FoldPlan, FoldResult, fold, inspect
 from fleetune.coordinator.rounds.optimizers import FedAdam, FedAvgM, FedYogi, ServerOptimizer
 from fleetune.errors import NotFiniteError, WireError
@@ -171,7 +171,7 @@ def nearest_bfloat16(value: float) -> int:
 def test_a_bfloat16_state_is_rounded_once(bits: int, between: float, nudge: float) -> None:
     low, high = (float(np.array(part << 16, np.uint32).view(np.float32)) for part in (bits, bits + 1))
     for value in (low + (high - low) * between, (low + high) / 2 + (high - low) * nudge):
-        rounded = aggregate._narrow(np.array([value, -value]), "BF16", memoryview(bytearray(4)))
+        rounded = slabs.narrow(np.array([value, -value]), "BF16", memoryview(bytearray(4)))
         expected = nearest_bfloat16(value)
         assert np.frombuffer(rounded, np.uint16).tolist() == [expected, expected | 0x8000]
 

@@ -8,15 +8,15 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from fleetune.coordinator import watch
+from fleetune.coordinator import jobspec, watch
 from fleetune.coordinator.client import Client, Exported
 from fleetune.coordinator.demo.crew import Crew, Member, died
 from fleetune.coordinator.demo.material import DemoSettings, Material, cores_for_each, prepare, write_agent_config
@@ -25,6 +25,7 @@ from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text
 from fleetune.coordinator.jsonview import Json, message_json
 from fleetune.coordinator.report import device_shares
+from fleetune.coordinator.rounds import adapter
 from fleetune.v1 import control_pb2 as pb
 
 __all__ = ["DemoSettings", "main"]
@@ -43,6 +44,8 @@ class Ended:
     adapter: Exported | None
     seconds: float
     """From the start of the first process to the adapter on disk."""
+    sent_bytes: Mapping[str, int]
+    """Size of each agent's update in the last round."""
 
 
 def main(settings: DemoSettings, console: Console, *, lines: bool, as_json: bool) -> int:
@@ -86,7 +89,11 @@ async def _run(material: Material, settings: DemoSettings, console: Console, *, 
     if as_json:
         sys.stdout.write(json.dumps(_summary_json(material, ended), indent=2, ensure_ascii=False) + "\n")
     else:
-        console.print(summary(material, ended), soft_wrap=True)
+        console.print(summary(material, ended))
+        if ended.adapter is not None:
+            # Soft wrap leaves it to the terminal to break lines, so that what is copied is what was written.
+            for line in ["", "load it:", "", *loading_lines(material), ""]:
+                console.print(Text(line, style="cyan" if "=" in line or "import" in line else "dim"), soft_wrap=True)
     if ended.job.state == pb.JOB_STATE_COMPLETED:
         return ExitCode.OK
     return ExitCode.JOB_CANCELLED if ended.job.state == pb.JOB_STATE_CANCELLED else ExitCode.JOB_FAILED
@@ -113,21 +120,22 @@ async def _work(material: Material, settings: DemoSettings, crew: Crew, console:
             done, _ = await asyncio.wait({death, following}, return_when=asyncio.FIRST_COMPLETED)
             if following not in done:
                 raise death.result()
-            job, adapter = following.result()
+            job, exported = following.result()
         finally:
             for task in (death, following):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
-    return Ended(job, adapter, time.monotonic() - started)
+    sent_bytes = _sent_bytes(exported.folder / adapter.MANIFEST_FILE) if exported is not None else {}
+    return Ended(job, exported, time.monotonic() - started, sent_bytes)
 
 
 async def _follow(client: Client, material: Material, console: Console, *, lines: bool) -> tuple[pb.JobView, Exported | None]:
     job_id = await client.submit(material.job_toml)
     notice = watch.Notice()
     job = await watch.show(client.watch(job_id, notice.set), console, notice, lines=lines)
-    adapter = await client.export(job_id, material.adapter) if job.rounds_committed else None
-    return job, adapter
+    exported = await client.export(job_id, material.adapter) if job.rounds_committed else None
+    return job, exported
 
 
 async def _address(coordinator: Member, file: Path) -> str:
@@ -164,11 +172,7 @@ def _opening(material: Material, settings: DemoSettings) -> RenderableType:
 
 def loading_lines(material: Material) -> list[str]:
     """Three lines of Python that give the fine-tuned model."""
-    return [
-        "import transformers, peft",
-        f'base = transformers.AutoModelForSequenceClassification.from_pretrained("{material.base}", num_labels={len(material.labels)})',
-        f'model = peft.PeftModel.from_pretrained(base, "{material.adapter}")',
-    ]
+    return adapter.loading_lines(jobspec.parse(material.job_toml), str(material.base), str(material.adapter))
 
 
 def summary(material: Material, ended: Ended) -> RenderableType:
@@ -184,15 +188,16 @@ def summary(material: Material, ended: Ended) -> RenderableType:
     grid.add_row("time", f"{duration_text(ended.seconds)} in all, {duration_text(_round_s(job))} a round")
     grid.add_row("bytes", f"up {bytes_text(job.upload_bytes)}, down {bytes_text(job.download_bytes)}; no row left its agent")
     grid.add_row("adapter", f"{ended.adapter.folder}")
-    lines = Text("\n".join(loading_lines(material)), style="cyan", no_wrap=True, overflow="ignore")
-    return Group(Text(), _devices(material, job), Text(), grid, Text("\nload it:\n", style="dim"), Padding(lines, (0, 0, 1, 2)))
+    return Group(Text(), _devices(material, ended), Text(), grid)
 
 
-def _devices(material: Material, job: pb.JobView) -> RenderableType:
+def _devices(material: Material, ended: Ended) -> RenderableType:
+    job = ended.job
     shares = {share.device: share for share in device_shares(job)}
+    heads = ("rows", "classes", "rounds", "trained", "share", "train loss", "sent a round")
     table = Table(
         Column("agent", no_wrap=True),
-        *(Column(head, justify="right", no_wrap=True) for head in ("rows", "classes", "rounds", "samples trained", "share", "train loss")),
+        *(Column(head, justify="right", no_wrap=True) for head in heads),
         box=None,
         header_style="dim",
         pad_edge=False,
@@ -200,12 +205,19 @@ def _devices(material: Material, job: pb.JobView) -> RenderableType:
     )
     for agent in material.agents:
         share = shares.get(agent.name)
-        cells = ["-"] * 4
+        cells = ["-"] * 5
         if share is not None:
             loss = loss_text(_last_loss(job, agent.name))
-            cells = [f"{share.rounds_done}/{job.rounds_committed}", f"{share.samples:,}", f"{share.share:.1%}", loss]
+            sent = bytes_text(ended.sent_bytes[agent.name]) if agent.name in ended.sent_bytes else "-"
+            cells = [f"{share.rounds_done}/{job.rounds_committed}", f"{share.samples:,}", f"{share.share:.1%}", loss, sent]
         table.add_row(agent.name, f"{agent.rows:,}", f"{agent.labels}/{len(material.labels)}", *cells)
     return table
+
+
+def _sent_bytes(manifest: Path) -> dict[str, int]:
+    """From the manifest beside the adapter."""
+    document = json.loads(manifest.read_text(encoding="utf-8"))
+    return {str(device["name"]): int(device["bytes"]) for device in document["devices"]}
 
 
 def _last_loss(job: pb.JobView, device: str) -> float | None:

@@ -179,7 +179,10 @@ def _labels(source: Path, train: Sequence[Row]) -> list[str]:
     """labels.json where there is one, else the train rows' own names in alphabetical order."""
     listed = source / "labels.json"
     if listed.is_file():
-        found: object = json.loads(listed.read_text(encoding="utf-8"))
+        try:
+            found: object = json.loads(listed.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
         names = cast("list[object]", found) if isinstance(found, list) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{listed} is not a JSON array of label names.")

@@ -59,6 +59,18 @@ def write(jobs: Path, blobs: BlobStore, adapter: Adapter) -> Path:
     return target
 
 
+def is_whole(jobs: Path, adapter: Adapter) -> bool:
+    """Whether the folder holds what `write` would put there; False where there is none. Blocks on disk."""
+    target = folder(jobs, adapter.job_id, adapter.entry.number)
+    assert adapter.entry.state is not None
+    try:
+        if (target / STATE_FILE).stat().st_size != adapter.entry.state.size_bytes:
+            return False
+        return all((target / name).read_text(encoding="utf-8") == text for name, text in texts(adapter).items())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def texts(adapter: Adapter) -> dict[str, str]:
     """The folder's files beside the tensors: name -> content."""
     files = {MANIFEST_FILE: manifest(adapter), README_FILE: readme(adapter)}
@@ -70,9 +82,19 @@ def texts(adapter: Adapter) -> dict[str, str]:
 def point(jobs: Path, job_id: str, name: str, round_number: int) -> None:
     """Let the link `name` ("best", "final") of the job lead to a round's folder."""
     link = jobs / job_id / name
+    link.parent.mkdir(parents=True, exist_ok=True)
     aside = link.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
     aside.symlink_to(Path("rounds") / f"{round_number:04d}")
     os.replace(aside, link)
+
+
+def rounds(jobs: Path, job_id: str) -> list[int]:
+    """Numbers of the rounds that have a folder, in order. Blocks on disk."""
+    try:
+        names = os.listdir(jobs / job_id / "rounds")
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def drop(jobs: Path, job_id: str, round_number: int) -> None:

@@ -18,7 +18,6 @@ they are read and written in the same order as the state.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import math
 import os
@@ -27,14 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-from fleetune.coordinator.rounds.optimizers import Floats, ServerOptimizer
-from fleetune.errors import DiskFullError, NotFiniteError, WireError
+from fleetune.coordinator.rounds import slabs
+from fleetune.coordinator.rounds.optimizers import ServerOptimizer
+from fleetune.coordinator.rounds.slabs import Floats
+from fleetune.errors import NotFiniteError, WireError
 from fleetune.wire import codec
-from fleetune.wire.chunks import WRITEBACK_BYTES, start_writeback
 from fleetune.wire.codec import TensorSpec, TensorTable
 
 Kind = Literal["delta", "state"]
@@ -48,12 +46,6 @@ OPEN_FILES = 64
 # Sums of integers in float64 stay exact below this.
 MAX_TOTAL_WEIGHT = 2**53
 
-_FLOATS: Mapping[str, np.dtype[np.generic]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _UPDATE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -122,7 +114,7 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
         for start in range(0, total, elements):
             count = min(elements, total - start)
             values = wide[:count]
-            _widen(_read(fd, raw[: count * width], table.data_start + start * width), dtype, values)
+            slabs.widen(slabs.read(fd, raw[: count * width], table.data_start + start * width), dtype, values)
             square = _squares(values)
             if not math.isfinite(square):
                 # Squares of float32 sum up far below float64's limit: the slab itself holds NaN or Inf.
@@ -142,7 +134,7 @@ def fold(plan: FoldPlan) -> FoldResult:
     with contextlib.ExitStack() as stack, np.errstate(over="ignore", invalid="ignore"):
         inputs = _open_inputs(plan, stack)
         moments = _Moments(plan, inputs.base, stack) if plan.server is not None else None
-        out = stack.enter_context(_Output(plan.out_state))
+        out = stack.enter_context(slabs.Output(plan.out_state))
         out.write(inputs.base_header)
         squares = _Folding(plan, inputs, moments, out).run()
         written = [out] if moments is None else [moments.out, out]
@@ -173,10 +165,10 @@ class _Input:
 
     def read(self, into: memoryview, offset: int) -> memoryview:
         if self.fd is not None:
-            return _read(self.fd, into, offset)
+            return slabs.read(self.fd, into, offset)
         fd = os.open(self.source.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return _read(fd, into, offset)
+            return slabs.read(fd, into, offset)
         finally:
             os.close(fd)
 
@@ -272,7 +264,7 @@ def _check_update(table: TensorTable, expected: TensorTable) -> Kind:
             raise WireError(f"An update holds a tensor {spec.name!r}; the state has none of that name.")
         if spec.shape != known.shape:
             raise WireError(f"Tensor {spec.name!r} has the shape {list(spec.shape)}; {list(known.shape)} is expected.")
-        if spec.dtype not in _UPDATE_DTYPES or known.dtype not in _FLOATS:
+        if spec.dtype not in _UPDATE_DTYPES or known.dtype not in slabs.FLOATS:
             raise WireError(f"Tensor {spec.name!r} came as {spec.dtype} for {known.dtype}; {', '.join(_UPDATE_DTYPES)} are allowed.")
         if spec.dtype != dtype:
             raise WireError(f"Tensor {spec.name!r} came as {spec.dtype}, others as {dtype}; one dtype an update is allowed.")
@@ -319,7 +311,7 @@ def _follows(run: _Span, span: _Span, layouts: Sequence[TensorTable]) -> bool:
 class _Folding:
     """One pass over the state. Per element it holds: 8 bytes raw, 8 widened, 8 sum, 8 old; with moments 8 to 16 more, and 4 to 8 raw."""
 
-    def __init__(self, plan: FoldPlan, inputs: _Inputs, moments: _Moments | None, out: _Output) -> None:
+    def __init__(self, plan: FoldPlan, inputs: _Inputs, moments: _Moments | None, out: slabs.Output) -> None:
         self._inputs = inputs
         self._moments = moments
         self._out = out
@@ -346,8 +338,8 @@ class _Folding:
     def _untouched(self, span: _Span, start: int, count: int) -> None:
         width = codec.ITEM_BYTES[span.dtype]
         raw = self._raw[: count * width]
-        self._out.write(_read(self._inputs.base_fd, raw, span.offset + start * width))
-        if self._moments is not None and span.dtype in _FLOATS:
+        self._out.write(slabs.read(self._inputs.base_fd, raw, span.offset + start * width))
+        if self._moments is not None and span.dtype in slabs.FLOATS:
             self._moments.write(self._moments.read(count))
 
     def _covered(self, span: _Span, holders: Sequence[_Input], weight: int, start: int, count: int) -> float:
@@ -359,16 +351,16 @@ class _Folding:
             width = codec.ITEM_BYTES[dtype]
             raw = part.read(self._raw[: count * width], cast("int", span.offsets[part.layout]) + start * width)
             if index == 0:
-                _widen(raw, dtype, total)
+                slabs.widen(raw, dtype, total)
                 total *= part.source.weight
             else:
-                _widen(raw, dtype, wide)
+                slabs.widen(raw, dtype, wide)
                 wide *= part.source.weight
                 total += wide
         total /= weight
         old = self._old[:count]
         width = codec.ITEM_BYTES[span.dtype]
-        _widen(_read(self._inputs.base_fd, self._raw[: count * width], span.offset + start * width), span.dtype, old)
+        slabs.widen(slabs.read(self._inputs.base_fd, self._raw[: count * width], span.offset + start * width), span.dtype, old)
         delta, scratch = total, wide
         if self._inputs.kind == "state":
             delta, scratch = np.subtract(total, old, out=wide), total
@@ -381,7 +373,7 @@ class _Folding:
             self._moments.write(moments)
         # The mean state itself, not old + (mean - old), which would round once more.
         new = total if self._moments is None and self._inputs.kind == "state" else np.add(old, delta, out=old)
-        self._out.write(_narrow(new, span.dtype, self._raw))
+        self._out.write(slabs.narrow(new, span.dtype, self._raw))
         return square
 
 
@@ -408,7 +400,7 @@ class _Moments:
         elements = max(1, plan.slab_bytes // 32)
         self._raw = memoryview(bytearray(elements * self._count * 4))
         self._wide = np.empty((elements, self._count), np.float64)
-        self.out = stack.enter_context(_Output(plan.out_optimizer_state))
+        self.out = stack.enter_context(slabs.Output(plan.out_optimizer_state))
         self.out.write(header)
 
     def read(self, count: int) -> Floats:
@@ -418,7 +410,7 @@ class _Moments:
             wide[:] = self._server.initial()
             return wide
         raw = self._raw[: count * self._count * 4]
-        _widen(_read(self._fd, raw, self._offset), "F32", wide.ravel())
+        slabs.widen(slabs.read(self._fd, raw, self._offset), "F32", wide.ravel())
         self._offset += len(raw)
         return wide
 
@@ -426,7 +418,7 @@ class _Moments:
         self._server.step(delta, moments, scratch)
 
     def write(self, moments: Floats) -> None:
-        self.out.write(_narrow(moments.ravel(), "F32", self._raw))
+        self.out.write(slabs.narrow(moments.ravel(), "F32", self._raw))
 
 
 def _moments_header(base: TensorTable, server: ServerOptimizer) -> bytes:
@@ -434,62 +426,11 @@ def _moments_header(base: TensorTable, server: ServerOptimizer) -> bytes:
     specs: list[TensorSpec] = []
     begin = 0
     for spec in base.in_file_order:
-        if spec.dtype in _FLOATS:
+        if spec.dtype in slabs.FLOATS:
             end = begin + spec.elements * server.moments * 4
             specs.append(TensorSpec(spec.name, "F32", (*spec.shape, server.moments), begin, end))
             begin = end
     return codec.build_header(specs, {OPTIMIZER_KEY: server.kind})
-
-
-# --- Files and dtypes ---------------------------------------------------------------------------------------------------------------
-
-
-class _Output:
-    """A file that is written once, front to back, aside, with its digest on the way; gone unless committed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # One name for every attempt: a fold that was killed leaves at most one file, which the next one replaces.
-        self._aside = path.with_name(f"{path.name}.part")
-        self._fd = -1
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-        self._queued = 0
-
-    def __enter__(self) -> _Output:
-        self._aside.unlink(missing_ok=True)
-        # Read-only from birth: the state's file gets names in the blob store and in adapter folders, and nobody should edit it in place.
-        self._fd = os.open(self._aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-        self._aside.unlink(missing_ok=True)
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        self._hash.update(view)
-        self.size_bytes += len(view)
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(f"No space left in {self._path.parent} for {self._path.name}.", "Make room on that disk.") from error
-            raise
-
-        if self.size_bytes - self._queued >= WRITEBACK_BYTES:
-            start_writeback(self._fd, self._queued, self.size_bytes)
-            self._queued = self.size_bytes
-
-    def make_durable(self) -> None:
-        os.fsync(self._fd)
-
-    def publish(self) -> None:
-        os.replace(self._aside, self._path)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> int:
@@ -502,54 +443,9 @@ def _table(fd: int) -> TensorTable:
     return codec.parse_header(codec.read_header(fd), os.fstat(fd).st_size)
 
 
-def _read(fd: int, into: memoryview, offset: int) -> memoryview:
-    """Fill `into` from `offset` on."""
-    missing = into
-    while missing:
-        count = os.preadv(fd, [missing], offset)
-        if count == 0:
-            raise WireError(f"A tensor file ends at byte {offset}, {len(missing)} bytes early.", "It was cut on disk.")
-        missing = missing[count:]
-        offset += count
-    return into
-
-
 def _squares(values: Floats) -> float:
     # Not np.dot: its BLAS splits the sum among threads.
     return float(np.einsum("i,i->", values, values))
-
-
-def _widen(raw: memoryview, dtype: str, out: Floats) -> None:
-    """Exact: every F16, BF16 and F32 is a float64."""
-    np.copyto(out, np.frombuffer(raw, _FLOATS[dtype]))
-
-
-def _narrow(values: Floats, dtype: str, buffer: memoryview) -> memoryview:
-    """`values` rounded once, ties to even, into `buffer`; NotFiniteError where one is beyond the dtype's range."""
-    raw = buffer[: len(values) * codec.ITEM_BYTES[dtype]]
-    narrow = np.frombuffer(raw, _FLOATS[dtype])
-    try:
-        with np.errstate(over="raise"):
-            if dtype == "BF16":
-                # ml_dtypes goes through float32 and so rounds twice; float32 rounded to odd keeps what the second rounding needs.
-                np.copyto(narrow, _to_odd(values), casting="unsafe")
-                if not np.isfinite(narrow).all():  # its cast sets no flag
-                    raise FloatingPointError
-            else:
-                np.copyto(narrow, values, casting="same_kind")
-    except FloatingPointError as error:
-        raise NotFiniteError(f"The folded state goes beyond {dtype}'s range.", "Lower the learning rates, or keep it in F32.") from error
-    return raw
-
-
-def _to_odd(values: Floats) -> npt.NDArray[np.float32]:
-    """float64 to float32; what is not exact goes to the neighbour whose last bit is odd."""
-    near = values.astype(np.float32)
-    bits = np.frombuffer(near.data, np.int32)
-    error = np.abs(near.astype(np.float64)) - np.abs(values)
-    move = (error != 0) & (bits & 1 == 0)
-    bits[move] -= np.sign(error[move]).astype(np.int32)
-    return near
 
 
 def _first_not_finite(table: TensorTable, start: int, values: Floats) -> str:

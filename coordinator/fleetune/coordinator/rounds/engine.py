@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
+import re
 import shutil
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from fleetune.coordinator import jobspec, recipes
-from fleetune.coordinator.domain import Blob, Evaluation, Failure, FoldOutcome, Prepared, RoundEntry, Update
+from fleetune.coordinator import jobfolders, jobspec, recipes
+from fleetune.coordinator.domain import Blob, Candidate, Evaluation, Failure, FoldOutcome, Prepared, RoundEntry, TaskEntry, Update
+from fleetune.coordinator.jobrules import is_folder
 from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.table import METHODS
 from fleetune.coordinator.registry import Registry, Session
@@ -37,7 +39,7 @@ from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
-from fleetune.errors import DiskFullError, FleetuneError, WireError
+from fleetune.errors import DiskFullError, FleetuneError, ModelError, NotFiniteError, WireError
 from fleetune.wire import codec
 
 log = logging.getLogger("fleetune.engine")
@@ -47,6 +49,12 @@ T = TypeVar("T")
 
 EVENTS_QUEUED_MAX = 100_000
 """Events waiting for the writer; a fleet that outruns it is slowed by its unanswered uploads long before."""
+
+SAMPLES_MAX = 2**32
+"""Rows of one update; the fold's weights must stay whole numbers in float64 whatever the number of devices."""
+
+HOLD_S = 600.0
+"""A blob that somebody was told to fetch outlives its round by this."""
 
 STALL_S = 900.0
 """A task whose stage and count have not moved for so long is taken for stuck. A step may take minutes on a small board."""
@@ -102,14 +110,14 @@ class _Item:
 class _Batch:
     """What one transaction writes, and what follows it."""
 
-    events: list[records.EventRow] = field(default_factory=list)
-    updates: list[records.UpdateRow] = field(default_factory=list)
-    blobs: list[records.BlobRow] = field(default_factory=list)
-    rounds: list[tuple[str, RoundEntry]] = field(default_factory=list)
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    jobs: dict[str, LiveJob] = field(default_factory=dict)
-    commands: list[tuple[LiveJob, machine.Command]] = field(default_factory=list)
-    answers: list[tuple[asyncio.Future[Receipt], Receipt]] = field(default_factory=list)
+    events: list[records.EventRow] = field(default_factory=list[records.EventRow])
+    updates: list[records.UpdateRow] = field(default_factory=list[records.UpdateRow])
+    blobs: list[records.BlobRow] = field(default_factory=list[records.BlobRow])
+    rounds: list[tuple[str, RoundEntry]] = field(default_factory=list[tuple[str, RoundEntry]])
+    failures: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    jobs: dict[str, LiveJob] = field(default_factory=dict[str, LiveJob])
+    commands: list[tuple[LiveJob, machine.Command]] = field(default_factory=list[tuple[LiveJob, machine.Command]])
+    answers: list[tuple[asyncio.Future[Receipt], Receipt]] = field(default_factory=list[tuple[asyncio.Future[Receipt], Receipt]])
 
 
 class Engine:
@@ -143,6 +151,16 @@ class Engine:
         self._disk = ThreadPoolExecutor(2, thread_name_prefix="engine-disk")
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
+        self._submitting = asyncio.Lock()
+        self._incoming: dict[str, int] = {}
+        """Digest -> how many are about to store that blob and to make a job need it."""
+        self._held_until_s: dict[str, float] = {}
+        """Digest -> monotonic time until which somebody may fetch it."""
+        self._later: set[str] = set()
+        """Would have been cleared away, but was held."""
+        self._doomed: set[str] = set()
+        """Being cleared away just now."""
+        self._cleared = asyncio.Event()
         self._scratch = settings.state_dir / "scratch"
         self.jobs_folder = settings.state_dir / "jobs"
 
@@ -165,11 +183,13 @@ class Engine:
             if not job.ended:
                 self.post(job.job_id, machine.Restarted())
             await self._on_disk(self._mend_folders, job)
+            if job.ended:
+                job.settled.set()
+        await self._sweep()
 
     async def settled(self, job: LiveJob) -> None:
-        """Wait until nothing runs off the loop for an ended job any more."""
-        if job.work:
-            await asyncio.wait(set(job.work))
+        """Wait until the job has ended, its end is committed and its last folder is written."""
+        await job.settled.wait()
 
     async def run(self) -> None:
         """The writer's loop; ends by cancellation."""
@@ -196,31 +216,37 @@ class Engine:
     # -- what operators ask
 
     async def submit(self, toml: str, submit_id: str) -> LiveJob:
-        """Make a job. Raises JobFileError; a known `submit_id` answers the job it made."""
-        for job in self.jobs.values():
-            if job.submit_id == submit_id:
-                return job
-        spec = jobspec.parse(toml)
-        if spec.lora.init_adapter and not spec.lora.init_adapter.startswith("/") and spec.lora.init_adapter not in self.jobs:
-            raise jobspec.JobFileError(
-                [
-                    jobspec.Complaint(
-                        "lora.init_adapter",
-                        spec.lora.init_adapter,
-                        "an absolute folder or the id of a job on this coordinator",
-                        "Take an id that `fleetune jobs` shows.",
-                    )
-                ]
-            )
+        """Make a job. Raises JobFileError or DiskFullError; a known `submit_id` answers the job it made."""
+        async with self._submitting:
+            for job in self.jobs.values():
+                if job.submit_id == submit_id:
+                    return job
+            return await self._submit(toml, submit_id)
+
+    async def _submit(self, toml: str, submit_id: str) -> LiveJob:
+        spec = await self.checked(toml)
         job_id = self._new_id(spec.name)
         now = self._wall()
         job = self._live(job_id, spec, toml, submit_id, now, JobMachine(plan_of(job_id, spec, self._settings.absent_grace_s)))
-        self.jobs[job_id] = job
         row = records.JobRow(job_id, spec.name, submit_id, toml, now, job.machine)
-        await self._database.write(lambda tx: records.add_job(tx, row))
+        try:
+            await self._database.write(lambda tx: records.add_job(tx, row))
+        except OperationalError as error:
+            if not _is_full(error):
+                raise
+            raise DiskFullError(f"The disk of {self._settings.state_dir} is full: the job was not taken.", "Make room there.") from error
+        self.jobs[job_id] = job
         log.info("job=%s submitted name=%s method=%s rounds=%d", job_id, spec.name, job.method.name, spec.rounds.count)
         self._wake()
         return job
+
+    async def checked(self, toml: str) -> jobspec.JobSpec:
+        """The job that a text describes. Raises JobFileError with every complaint, missing folders and files included."""
+        spec = jobspec.parse(toml)
+        missing = await self._on_disk(jobfolders.complaints, spec, lambda name: name in self.jobs and self.jobs[name].machine.committed > 0)
+        if missing:
+            raise jobspec.JobFileError(missing)
+        return spec
 
     def find(self, name: str) -> LiveJob | None:
         """By id, by an unambiguous beginning of one, or the last submitted for "last"."""
@@ -243,11 +269,20 @@ class Engine:
 
     # -- what the fleet says
 
-    def device_online(self, session: Session, held: frozenset[str]) -> None:
+    def device_online(self, session: Session, held: frozenset[str], running: frozenset[str]) -> None:
+        """The device's session is open. `held` are the tasks that it works on or has a result of, `running` the former."""
         device_id = session.greeting.device_id
         for job in self._open_jobs():
             if device_id in job.machine.busy_devices():
                 self.post(job.job_id, machine.DeviceOnline(device_id, held))
+            job.touch()
+        for task_id in sorted(running):
+            job_, entry = self._task(task_id)
+            if job_ is not None and entry is not None and entry.status == "assigned" and entry.device_id == device_id:
+                job_.progress.setdefault(task_id, Progress(moved_monotonic_s=self._monotonic()))
+            elif self._dispatcher is not None:
+                # Withdrawn while it could not hear of it; a finished result is answered when it comes.
+                self._dispatcher.withdraw(device_id, task_id, "the round has gone on without this task")
         self._wake()
 
     def device_offline(self, device_id: str) -> None:
@@ -264,7 +299,7 @@ class Engine:
         entry = job.machine.open_task(task_id) if job else None
         if job is None or entry is None or entry.device_id != device_id:
             return
-        progress = job.progress.setdefault(task_id, Progress())
+        progress = job.progress.setdefault(task_id, Progress(moved_monotonic_s=self._monotonic()))
         if (stage, done) != (progress.stage, progress.done):
             progress.moved_monotonic_s = self._monotonic()
         progress.stage, progress.done, progress.total = stage, done, total
@@ -274,14 +309,19 @@ class Engine:
     def job_of_task(self, task_id: str) -> LiveJob | None:
         return self.jobs.get(task_id.partition("/")[0])
 
-    async def judge(self, task_id: str, device_id: str, digest: str) -> Receipt | None:
-        """The receipt that a result already has, or None where it is still wanted."""
+    def _task(self, task_id: str) -> tuple[LiveJob | None, TaskEntry | None]:
         job = self.job_of_task(task_id)
-        if job is None:
-            return Receipt("refused", f"no job has a task {task_id!r}")
-        parts = task_id.split("/")
-        if len(parts) < 4 or parts[2] != device_id:
+        return job, job.machine.open_task(task_id) if job else None
+
+    async def judge(self, task_id: str, device_id: str, digest: str) -> Receipt | None:
+        """The receipt that an update already has, or None where it is still wanted. A late one is recorded by this."""
+        job, name = self.job_of_task(task_id), _parse_task_id(task_id)
+        if job is None or name is None or not 1 <= name.round_number <= job.machine.committed + 1:
+            return Receipt("refused", f"no job has a task {task_id[:200]!r}")
+        if name.device_id != device_id:
             return Receipt("refused", f"task {task_id!r} is not this device's")
+        if name.kind != "train":
+            return Receipt("refused", f"task {task_id!r} has an evaluation for its result, not an update")
         entry = job.machine.open_task(task_id)
         if entry is not None and entry.status == "assigned":
             return None
@@ -290,6 +330,8 @@ class Engine:
         row = await self._database.read(lambda c: records.find_update(c, task_id))
         if row is not None and row.status == "accepted":
             return _same_or_other(row.digest, digest)
+        if row is None and device_id in self.registry.names.values():
+            await self.ask(job.job_id, machine.UpdateLate(task_id, digest))
         return Receipt("late", "the round is over or has gone on without this device")
 
     async def take_update(self, task_id: str, device_id: str, update: Update, path: Path) -> Receipt:
@@ -297,20 +339,21 @@ class Engine:
         job = self.job_of_task(task_id)
         settled = await self.judge(task_id, device_id, update.blob.digest)
         if job is None or settled is not None:
-            if settled is not None and settled.status == "late" and job is not None:
-                await self.ask(job.job_id, machine.UpdateLate(task_id, update.blob.digest))
             return settled or Receipt("refused", "unknown job")
-        if update.samples <= 0:
-            return await self._refuse(
-                job, task_id, Failure("internal", "upload", "the update's weight (samples) is 0; it must be above 0.")
-            )
+        if not 0 < update.samples <= SAMPLES_MAX:
+            message = f"the update's weight (samples) is {update.samples}; 1 to {SAMPLES_MAX} are allowed."
+            return await self._refuse(job, task_id, Failure("internal", "upload", message))
         try:
             facts = await self._on_disk(aggregate.inspect, path, await self._table(job))
+        except NotFiniteError as error:
+            return await self._refuse(job, task_id, Failure("not_finite", "upload", str(error)))
         except WireError as error:
-            kind = "not_finite" if "finite" in str(error).lower() or "nan" in str(error).lower() else "model"
-            return await self._refuse(job, task_id, Failure("not_finite" if kind == "not_finite" else "model", "upload", str(error)))
+            return await self._refuse(job, task_id, Failure("model", "upload", str(error)))
         checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm)
-        return await self.ask(job.job_id, machine.UpdateArrived(task_id, checked))
+        receipt = await self.ask(job.job_id, machine.UpdateArrived(task_id, checked))
+        if receipt.status == "late":  # the round closed while the update was being checked
+            await self.ask(job.job_id, machine.UpdateLate(task_id, update.blob.digest))
+        return receipt
 
     async def take_evaluation(self, task_id: str, device_id: str, evaluation: Evaluation) -> Receipt:
         return await self._take(task_id, device_id, machine.EvaluationArrived(task_id, evaluation))
@@ -322,12 +365,11 @@ class Engine:
         return await self._take(task_id, device_id, machine.TaskRefused(task_id, reason))
 
     async def add_log(self, task_id: str, device_id: str, device_name: str, lines: list[str]) -> None:
-        job = self.job_of_task(task_id)
-        parts = task_id.split("/")
-        if job is None or len(parts) < 4 or parts[2] != device_id or not parts[1].isdigit():
+        job, name = self.job_of_task(task_id), _parse_task_id(task_id)
+        if job is None or name is None or name.device_id != device_id or name.round_number > job.machine.committed + 1:
             return
         now = self._wall()
-        rows = [records.LogRow(now, job.job_id, int(parts[1]), device_name, line) for line in lines]
+        rows = [records.LogRow(now, job.job_id, name.round_number, device_name, line) for line in lines]
         await self._database.write(lambda tx: records.add_logs(tx, rows))
 
     # -- deciding
@@ -350,8 +392,14 @@ class Engine:
         before = self._status_of(job, event)
         if before is not None and before.status != "accepted":
             return before
+        if isinstance(event, machine.Folded):
+            # As of now: since the fold ended, another job may have taken a device, or it has left.
+            event = replace(event, candidates=self._candidates(job))
+        message = job.machine.message
         commands = job.machine.handle(event, now)
         if isinstance(event, machine.Ticked | machine.Offered) and not commands:
+            if job.machine.message != message:
+                job.touch()
             return Receipt("accepted")
         batch.events.append(records.EventRow(now, job.job_id, event))
         batch.jobs[job.job_id] = job
@@ -370,11 +418,14 @@ class Engine:
                 entry = job.machine.open_task(task_id)
                 if entry is not None and entry.update is not None:
                     return _same_or_other(entry.update.blob.digest, update.blob.digest)
-                return Receipt("accepted") if entry is not None and entry.status == "assigned" else Receipt("late", "the round is over")
+                wanted = entry is not None and entry.status == "assigned" and entry.kind == "train"
+                return Receipt("accepted") if wanted else Receipt("late", "the round is over or has gone on without this device")
             case machine.EvaluationArrived(task_id) | machine.TaskFailed(task_id) | machine.TaskRefused(task_id):
                 entry = job.machine.open_task(task_id)
                 if entry is None:
                     return Receipt("late", "the round is over")
+                if isinstance(event, machine.EvaluationArrived) and entry.kind != "evaluate":
+                    return Receipt("refused", f"task {task_id!r} has an update for its result, not an evaluation")
                 return Receipt("accepted") if entry.status == "assigned" else Receipt("duplicate")
             case _:
                 return None
@@ -427,10 +478,13 @@ class Engine:
                 self._apply(batch, job, machine.Started(), now)
         for job in open_jobs:
             if job.machine.wants_devices():
-                candidates = self.registry.candidates(job.needs, self._busy())
-                self._apply(batch, job, machine.Offered(candidates), now)
+                self._apply(batch, job, machine.Offered(self._candidates(job)), now)
 
-    def _busy(self) -> set[str]:
+    def _candidates(self, job: LiveJob) -> tuple[Candidate, ...]:
+        return self.registry.candidates(job.needs, self.busy_devices(), self._monotonic())
+
+    def busy_devices(self) -> set[str]:
+        """Devices that hold an open task of any job."""
         return {device for job in self._open_jobs() for device in job.machine.busy_devices()}
 
     def _open_jobs(self) -> list[LiveJob]:
@@ -464,7 +518,7 @@ class Engine:
             try:
                 await self._database.write(change)
                 break
-            except (OperationalError, OSError) as error:
+            except OperationalError as error:
                 if not _is_full(error):
                     raise
                 if not self.stalled:
@@ -494,11 +548,11 @@ class Engine:
                 if self._dispatcher is not None:
                     self._dispatcher.withdraw(device_id, task_id, reason)
             case machine.Prepare():
-                self._spawn(job, self._prepare(job), f"prepare {job.job_id}")
+                self._spawn(job, self._prepare(job), f"prepare {job.job_id}", stage="preparing")
             case machine.Fold():
-                self._spawn(job, self._fold(job, command), f"fold {job.job_id}/{command.round_number}")
+                self._spawn(job, self._fold(job, command), f"fold {job.job_id}/{command.round_number}", stage="folding")
             case machine.EvaluateHeldout(number, state):
-                self._spawn(job, self._evaluate(job, number, state), f"evaluate {job.job_id}/{number}")
+                self._spawn(job, self._evaluate(job, number, state), f"evaluate {job.job_id}/{number}", stage="evaluating")
             case machine.CommitRound(entry):
                 log.info("job=%s round=%d committed devices=%d metrics=%s", job.job_id, entry.number, len(entry.trained()), entry.metrics)
                 job.progress.clear()
@@ -506,9 +560,11 @@ class Engine:
             case machine.AbandonRound(entry, reason):
                 log.warning("job=%s round=%d abandoned reason=%r", job.job_id, entry.number, reason)
                 job.progress.clear()
-                self._spawn(job, self._drop_updates(entry), f"clear {job.job_id}/{entry.number}")
+                self._spawn(job, self._drop_round(entry), f"clear {job.job_id}/{entry.number}")
             case machine.EndJob(status):
                 log.info("job=%s ended status=%s message=%r", job.job_id, status, job.machine.message)
+                for task in job.on_host:
+                    task.cancel()
                 self._spawn(job, self._wrap_up(job), f"wrap up {job.job_id}")
 
     def _send(self, job: LiveJob, command: machine.SendTask) -> None:
@@ -522,15 +578,18 @@ class Engine:
         self._dispatcher.send_task(Order(command, job, message, deadline_s))
 
     async def _prepare(self, job: LiveJob) -> None:
-        try:
-            event: machine.Event = machine.PreparedEvent(await self._prepared(job))
-        except HostError as error:
-            event = machine.HostFailed("preparing", error.failure)
-        except (FleetuneError, OSError) as error:
-            event = machine.HostFailed("preparing", Failure("internal", "prepare", str(error)))
-        self.post(job.job_id, event)
+        async with contextlib.AsyncExitStack() as kept:
+            try:
+                prepared = await self._prepared(job, kept)
+            except HostError as error:
+                self.post(job.job_id, machine.HostFailed("preparing", error.failure))
+            except (FleetuneError, OSError) as error:
+                self.post(job.job_id, machine.HostFailed("preparing", _failure(error, "prepare")))
+            else:
+                await self.ask(job.job_id, machine.PreparedEvent(prepared))
 
-    async def _prepared(self, job: LiveJob) -> Prepared:
+    async def _prepared(self, job: LiveJob, kept: contextlib.AsyncExitStack) -> Prepared:
+        """The first global state, its blobs stored and kept until `kept` is closed."""
         spec = job.spec
         folder = self._scratch / f"prepare-{uuid.uuid4().hex}"
         folder.mkdir()
@@ -538,18 +597,19 @@ class Engine:
             if not job.method.needs_model:
                 path = folder / adapter.STATE_FILE
                 initial = await self._on_disk(job.method.initial, spec, path)
+                await kept.enter_async_context(self.keeping(initial.state.digest))
                 await self._on_disk(self.blobs.put_file, path, link=True, digest=initial.state.digest)
                 return Prepared(initial.state, initial.trainables_digest)
             init = spec.lora.init_adapter
             if init in self.jobs:
-                init = str(adapter.folder(self.jobs_folder, init, self.jobs[init].machine.committed))
+                init = str(await self._on_disk(self._own_adapter, self.jobs[init], folder))
             request = {
-                "base": spec.model.base,
+                "base": str(_expanded(spec.model.base)) if is_folder(spec.model.base) else spec.model.base,
                 "revision": spec.model.revision,
                 "allow_hub": spec.model.allow_hub,
                 "recipe": encode(job.recipe),
                 "seed": spec.seed,
-                "init_adapter": init or None,
+                "init_adapter": str(_expanded(init)) if init else None,
                 "out_folder": str(folder),
             }
 
@@ -559,15 +619,17 @@ class Engine:
                     job.touch()
 
             prepared, out = await self._host.prepare(request, on_event)
+            await kept.enter_async_context(self.keeping(prepared.state.digest))
             await self._on_disk(self.blobs.put_file, out / adapter.STATE_FILE, link=True, digest=prepared.state.digest)
-            for name, digest, _ in prepared.files:
-                source = Path(prepared.base_folder) / name
-                await self._on_disk(self.blobs.put_file, source, link=False, digest=digest)
+            for name, digest, size_bytes in prepared.files:
+                await kept.enter_async_context(self.keeping(digest))
+                if not await self._on_disk(self._has_whole, digest, size_bytes):
+                    await self._on_disk(self.blobs.put_file, Path(prepared.base_folder) / name, link=False, digest=digest)
             if spec.evaluation.source != "heldout":
                 return prepared
             job.host_stage = "evaluating the base"
             job.touch()
-            heldout = Path(spec.evaluation.heldout)
+            heldout = _expanded(spec.evaluation.heldout)
             initial_figures = await self._host.evaluate(prepared.base_folder, job.recipe, self.blobs.path(prepared.state.digest), heldout)
             return replace(prepared, initial=initial_figures)
         finally:
@@ -576,21 +638,38 @@ class Engine:
             if spec.evaluation.source != "heldout":
                 await self._host.rest()
 
-    async def _fold(self, job: LiveJob, command: machine.Fold) -> None:
-        try:
-            outcome = await asyncio.get_running_loop().run_in_executor(self._folder, self._fold_now, job, command)
-        except (FleetuneError, OSError) as error:
-            kind: Literal["disk_full", "internal"] = "disk_full" if isinstance(error, DiskFullError) else "internal"
-            self.post(job.job_id, machine.HostFailed("folding", Failure(kind, "fold", str(error))))
-            return
-        free = self.registry.candidates(job.needs, self._busy() - job.machine.busy_devices())
-        self.post(job.job_id, machine.Folded(command.round_number, outcome, free))
+    def _has_whole(self, digest: str, size_bytes: int) -> bool:
+        return self.blobs.has(digest) and self.blobs.size(digest) == size_bytes
 
-    def _fold_now(self, job: LiveJob, command: machine.Fold) -> FoldOutcome:
-        """On the fold thread."""
-        server = job.method.fold(job.spec)
+    def _own_adapter(self, source: LiveJob, folder: Path) -> Path:
+        """A job's last adapter in a folder that nobody else clears up."""
+        prepared = source.machine.prepared
+        if not source.history or prepared is None or not prepared.adapter_config:
+            raise ModelError(f"job {source.job_id} has no adapter to start from.", "Name a job with a committed round, or a folder.")
+        return adapter.write(folder / "init", self.blobs, adapter.Adapter(source.job_id, source.spec, prepared, source.history[-1]))
+
+    async def _fold(self, job: LiveJob, command: machine.Fold) -> None:
+        loop = asyncio.get_running_loop()
         stem = f"{job.job_id}-{command.round_number}-{uuid.uuid4().hex[:8]}"
         out, out_optimizer = self._scratch / f"{stem}.state", self._scratch / f"{stem}.optimizer"
+        try:
+            result = await loop.run_in_executor(self._folder, self._fold_now, job, command, out, out_optimizer)
+            async with contextlib.AsyncExitStack() as kept:
+                found = ((out, result.digest), (out_optimizer, result.optimizer_digest))
+                files = [(path, digest) for path, digest in found if digest is not None]
+                for _, digest in files:
+                    await kept.enter_async_context(self.keeping(digest))
+                await loop.run_in_executor(self._folder, self._store, files)
+                optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes) if result.optimizer_digest is not None else None
+                coverage = min(result.coverage.values(), default=0)
+                outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm)
+                await self.ask(job.job_id, machine.Folded(command.round_number, outcome, ()))
+        except (FleetuneError, OSError) as error:
+            self.post(job.job_id, machine.HostFailed("folding", _failure(error, "fold")))
+
+    def _fold_now(self, job: LiveJob, command: machine.Fold, out: Path, out_optimizer: Path) -> aggregate.FoldResult:
+        """On the fold thread."""
+        server = job.method.fold(job.spec)
         plan = aggregate.FoldPlan(
             base_state=self.blobs.path(command.state.digest),
             contributions=tuple(
@@ -601,27 +680,27 @@ class Engine:
             optimizer_state=self.blobs.path(command.optimizer.digest) if command.optimizer and server else None,
             out_optimizer_state=out_optimizer if server else None,
         )
-        try:
-            result = aggregate.fold(plan)
-            self.blobs.put_file(out, link=True, digest=result.digest)
-            optimizer = None
-            if result.optimizer_digest is not None:
-                self.blobs.put_file(out_optimizer, link=True, digest=result.optimizer_digest)
-                optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes)
-        finally:
-            out.unlink(missing_ok=True)
-            out_optimizer.unlink(missing_ok=True)
-        coverage = min(result.coverage.values(), default=0)
-        return FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm)
+        return aggregate.fold(plan)
+
+    def _store(self, files: Sequence[tuple[Path, str]]) -> None:
+        """Make blobs of finished files, which lose their first name. On the fold thread."""
+        for path, digest in files:
+            try:
+                self.blobs.put_file(path, link=True, digest=digest)
+            finally:
+                path.unlink(missing_ok=True)
 
     async def _evaluate(self, job: LiveJob, number: int, state: Blob) -> None:
         assert job.machine.prepared is not None
         try:
             evaluation = await self._host.evaluate(
-                job.machine.prepared.base_folder, job.recipe, self.blobs.path(state.digest), Path(job.spec.evaluation.heldout)
+                job.machine.prepared.base_folder, job.recipe, self.blobs.path(state.digest), _expanded(job.spec.evaluation.heldout)
             )
         except HostError as error:
             self.post(job.job_id, machine.HostFailed("evaluating", error.failure))
+            return
+        except (FleetuneError, OSError) as error:
+            self.post(job.job_id, machine.HostFailed("evaluating", _failure(error, "evaluate")))
             return
         self.post(job.job_id, machine.HeldoutEvaluated(number, evaluation))
 
@@ -629,15 +708,20 @@ class Engine:
         """Write the round's folder and let go of what it replaces."""
         prepared = job.machine.prepared
         assert prepared is not None
-        await self._on_disk(self._publish_now, job, entry, prepared)
+        async with job.publishing:
+            await self._on_disk(self._publish_now, job, entry, prepared)
+            dropped = await self._on_disk(self._drop_old_folders, job)
         await self._drop_updates(entry)
-        await self._drop_old_states(job)
+        states = [job.history[number - 1].state for number in dropped if number <= len(job.history)]
+        # What this round replaced: the optimiser's state before it and, for the first round, the state the job began with.
+        replaced = [job.history[entry.number - 2].optimizer] if entry.number > 1 else [prepared.state]
+        await self._forget({blob.digest for blob in (*states, *replaced) if blob is not None})
         job.touch()
 
     def _publish_now(self, job: LiveJob, entry: RoundEntry, prepared: Prepared) -> None:
         try:
             adapter.write(self.jobs_folder, self.blobs, adapter.Adapter(job.job_id, job.spec, prepared, entry))
-        except OSError as error:
+        except (OSError, DiskFullError) as error:
             # The round is committed; its folder is written again at the next start or export.
             log.error("job=%s round=%d adapter folder not written: %s", job.job_id, entry.number, error)
             return
@@ -650,23 +734,27 @@ class Engine:
             return
         for entry in job.history:
             if entry.number in self._kept(job) and entry.state is not None and self.blobs.has(entry.state.digest):
+                found = adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry)
+                if not adapter.is_whole(self.jobs_folder, found):  # a power cut may leave a folder of empty files
+                    adapter.drop(self.jobs_folder, job.job_id, entry.number)
                 self._publish_now(job, entry, job.machine.prepared)
+        if job.ended and job.machine.committed:
+            adapter.point(self.jobs_folder, job.job_id, "final", job.machine.committed)
 
     async def _drop_updates(self, entry: RoundEntry) -> None:
         await self._forget({task.update.blob.digest for task in entry.trained() if task.update})
 
-    async def _drop_old_states(self, job: LiveJob) -> None:
-        kept = self._kept(job)
-        old = [entry for entry in job.history if entry.number not in kept and entry.state is not None]
-        digests: set[str] = set()
-        for entry in old:
-            if await self._on_disk(adapter.folder(self.jobs_folder, job.job_id, entry.number).exists):
-                await self._on_disk(adapter.drop, self.jobs_folder, job.job_id, entry.number)
-                assert entry.state is not None
-                digests.add(entry.state.digest)
-                if entry.optimizer is not None:
-                    digests.add(entry.optimizer.digest)
-        await self._forget(digests)
+    async def _drop_round(self, entry: RoundEntry) -> None:
+        """Everything that an abandoned round has made."""
+        await self._drop_updates(entry)
+        await self._forget({blob.digest for blob in (entry.state, entry.optimizer) if blob is not None})
+
+    def _drop_old_folders(self, job: LiveJob) -> list[int]:
+        """The rounds whose folders went, because they are neither among the last nor the best."""
+        old = [number for number in adapter.rounds(self.jobs_folder, job.job_id) if number not in self._kept(job)]
+        for number in old:
+            adapter.drop(self.jobs_folder, job.job_id, number)
+        return old
 
     def _kept(self, job: LiveJob) -> set[int]:
         last = range(max(1, job.machine.committed - self._settings.keep_rounds + 1), job.machine.committed + 1)
@@ -676,10 +764,9 @@ class Engine:
         """Digests that some job still stands on."""
         needed: set[str] = set()
         for job in self.jobs.values():
-            kept = self._kept(job)
-            for entry in job.history:
-                if entry.number in kept and entry.state is not None:
-                    needed.add(entry.state.digest)
+            for number in self._kept(job):
+                if 1 <= number <= len(job.history) and (state := job.history[number - 1].state) is not None:
+                    needed.add(state.digest)
             if job.ended:
                 continue
             for blob in (job.machine.state, job.machine.optimizer):
@@ -694,19 +781,78 @@ class Engine:
 
     async def _forget(self, digests: set[str]) -> None:
         """Delete blobs that nothing needs: the row first, so that no row ever names a missing blob."""
-        doomed = digests - self._needed()
+        now = self._monotonic()
+        digests = digests | self._later
+        self._later = {digest for digest in digests if self._held_until_s.get(digest, 0.0) > now}
+        doomed = digests - self._later - self._needed() - self._doomed - self._incoming.keys()
         if not doomed:
             return
-        await self._database.write(lambda tx: records.drop_blobs(tx, doomed))
-        for digest in doomed:
-            await self._on_disk(self.blobs.delete, digest)
+        self._doomed |= doomed
+        try:
+            await self._database.write(lambda tx: records.drop_blobs(tx, doomed))
+            await self._on_disk(self._delete, doomed)
+        except OperationalError as error:
+            log.warning("blobs not cleared away, the next start does it: %s", error.orig)
+        finally:
+            self._doomed -= doomed
+            self._cleared.set()
+            self._cleared = asyncio.Event()
+
+    def _delete(self, digests: Collection[str]) -> None:
+        for digest in digests:
+            self.blobs.delete(digest)
+
+    @contextlib.asynccontextmanager
+    async def keeping(self, digest: str) -> AsyncGenerator[None]:
+        """Store the blob and make a job need it inside. Nobody clears it away meanwhile; afterwards it goes unless a job needs it.
+
+        Two jobs may well come to the same bytes, so that one's clearing up would take the other's fresh blob.
+        """
+        while digest in self._doomed:
+            await self._cleared.wait()
+        self._incoming[digest] = self._incoming.get(digest, 0) + 1
+        try:
+            yield
+        finally:
+            self._incoming[digest] -= 1
+            if not self._incoming[digest]:
+                del self._incoming[digest]
+                if digest not in self._needed() and not self._closing:
+                    self._start(self._forget({digest}), f"clear {digest[:12]}")
+
+    def hold(self, digest: str) -> None:
+        """Somebody is about to fetch the blob: it stays for a while even if its round goes."""
+        now = self._monotonic()
+        self._held_until_s = {d: until for d, until in self._held_until_s.items() if until > now} | {digest: now + HOLD_S}
+
+    async def _sweep(self) -> None:
+        """Clear away what a crash has left: blobs without a row or without a need, rows without a blob."""
+        rows = await self._database.read(records.blob_digests)
+        there = set(await self._on_disk(lambda: list(self.blobs.digests())))
+        needed = self._needed()
+        for digest in sorted(needed - there):
+            log.error("blob=%s is needed but missing in %s", digest, self.blobs.root)
+        stale_rows, stale_files = rows - (needed & there), there - needed
+        if stale_rows:
+            await self._database.write(lambda tx: records.drop_blobs(tx, stale_rows))
+        if stale_files:
+            log.info("cleared away %d blobs that no job needs", len(stale_files))
+            await self._on_disk(self._delete, stale_files)
 
     async def _wrap_up(self, job: LiveJob) -> None:
-        if job.machine.committed:
-            with contextlib.suppress(FileNotFoundError):
+        """After the last of the job's work: link its final adapter and let go of what only a running job needs."""
+        if others := job.work - {cast("asyncio.Task[None]", asyncio.current_task())}:
+            await asyncio.wait(others)
+        try:
+            if job.machine.committed:
                 await self._on_disk(adapter.point, self.jobs_folder, job.job_id, "final", job.machine.committed)
-        if job.machine.optimizer is not None:
-            await self._forget({job.machine.optimizer.digest})
+            prepared = job.machine.prepared
+            made = [job.machine.optimizer, job.machine.state, prepared.state if prepared else None]
+            files = {digest for _, digest, _ in prepared.files} if prepared else set[str]()
+            await self._forget({blob.digest for blob in made if blob is not None} | files)
+        finally:
+            job.settled.set()
+            job.touch()
         if not any(other.spec.evaluation.source == "heldout" for other in self._open_jobs()):
             await self._host.rest()
         self._wake()
@@ -714,10 +860,9 @@ class Engine:
     # -- small parts
 
     async def _take(self, task_id: str, device_id: str, event: machine.Event) -> Receipt:
-        job = self.job_of_task(task_id)
-        parts = task_id.split("/")
-        if job is None or len(parts) < 4 or parts[2] != device_id:
-            return Receipt("refused", f"no task {task_id!r} of this device is known")
+        job, name = self.job_of_task(task_id), _parse_task_id(task_id)
+        if job is None or name is None or name.device_id != device_id:
+            return Receipt("refused", f"no task {task_id[:200]!r} of this device is known")
         if job.ended:
             return Receipt("late", "the job has ended")
         return await self.ask(job.job_id, event)
@@ -736,12 +881,29 @@ class Engine:
         """The one way from the event loop to blocking work that is neither database nor fold."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments, **named))
 
-    def _spawn(self, job: LiveJob, coroutine: Coroutine[object, object, None], name: str) -> None:
+    def _spawn(self, job: LiveJob, coroutine: Coroutine[object, object, None], name: str, stage: str = "") -> None:
+        """Start work of a job. With a `stage`, the job stands on it: a bug there fails the job, which would else wait for ever."""
+        task = self._start(coroutine, name)
+        job.work.add(task)
+        task.add_done_callback(job.work.discard)
+        if stage in ("preparing", "evaluating"):
+            job.on_host.add(task)
+            task.add_done_callback(job.on_host.discard)
+        if stage:
+            task.add_done_callback(functools.partial(self._fail_stage, job.job_id, stage))
+
+    def _start(self, coroutine: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        """Start work beside the loop; what it raises is logged."""
         task = asyncio.create_task(coroutine, name=name)
-        for keeper in (self._work, job.work):
-            keeper.add(task)
-            task.add_done_callback(keeper.discard)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
         task.add_done_callback(_log_failure)
+        return task
+
+    def _fail_stage(self, job_id: str, stage: str, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self.post(job_id, machine.HostFailed(stage, Failure("internal", stage, f"{type(error).__name__}: {error}", trace)))
 
     def _wake(self) -> None:
         """Make the loop look for jobs to start and devices to give."""
@@ -756,6 +918,9 @@ class Engine:
             return
         now = self._wall()
         waits = [due - now for job in self._open_jobs() if (due := job.machine.next_deadline_unix_s()) is not None]
+        free_again_s = self.registry.next_return_s(self._monotonic())
+        if free_again_s is not None and any(job.machine.wants_devices() for job in self._open_jobs()):
+            waits.append(free_again_s - self._monotonic())
         waits += [self._stall_wait_s(job) for job in self._open_jobs() if job.machine.round is not None]
         if waits:
             self._timer = asyncio.get_running_loop().call_later(max(0.01, min(waits)), self._on_timer)
@@ -774,6 +939,7 @@ class Engine:
 
     def _on_timer(self) -> None:
         self._timer = None
+        self._wake()
         for job in self._open_jobs():
             for task_id in self._watched_tasks(job):
                 still_s = self._monotonic() - job.progress[task_id].moved_monotonic_s
@@ -783,7 +949,8 @@ class Engine:
                     self.post(
                         job.job_id,
                         machine.TaskFailed(
-                            task_id, Failure("stalled", "train", f"the device is connected but its task has not moved: {stage}.")
+                            task_id,
+                            Failure("stalled", entry.kind if entry else "", f"the device is connected, its task has not moved: {stage}."),
                         ),
                     )
                     if entry is not None and self._dispatcher is not None:
@@ -800,9 +967,31 @@ class Engine:
                 return job_id
 
 
-def _is_full(error: OperationalError | OSError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+@dataclass(frozen=True)
+class _TaskName:
+    round_number: int
+    device_id: str
+    kind: str
+
+
+def _parse_task_id(task_id: str) -> _TaskName | None:
+    """The parts of "<job>/<round>/<device>/<kind>[/<attempt>]"; None for anything else, since the text comes from the network."""
+    found = _TASK_ID.fullmatch(task_id)
+    return _TaskName(int(found[1]), found[2], found[3]) if found else None
+
+
+_TASK_ID = re.compile(r"[^/]{1,100}/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,64})/(train|evaluate)(?:/[0-9]{1,9})?", re.ASCII)
+
+
+def _expanded(place: str) -> Path:
+    return Path(place).expanduser()
+
+
+def _failure(error: FleetuneError | OSError, stage: str) -> Failure:
+    return Failure("disk_full" if isinstance(error, DiskFullError) else "internal", stage, str(error))
+
+
+def _is_full(error: OperationalError) -> bool:
     return "database or disk is full" in str(error.orig)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from fleetune.child.process import ChildDied, ChildError, ChildProcess, OnEvent
 from fleetune.coordinator.domain import Blob, Evaluation, Failure, FailureKind, Prepared
@@ -15,7 +15,7 @@ from fleetune.v1 import messages_pb2
 
 MODULE = "fleetune.coordinator.modelhost"
 
-KINDS: frozenset[str] = frozenset(FailureKind.__args__)
+KINDS: frozenset[str] = frozenset(get_args(FailureKind))
 
 
 class HostError(FleetuneError):
@@ -81,8 +81,8 @@ class ModelHost:
                 raise HostError(Failure(cast("FailureKind", kind), error.stage or op, error.message, error.traceback)) from error
             except ChildDied as error:
                 await self._child.stop()
-                kind = "out_of_memory" if error.death.out_of_memory else "crash"
-                raise HostError(Failure(kind, op, error.message, error.death.stderr_tail)) from error
+                died: FailureKind = "out_of_memory" if error.death.out_of_memory else "crash"
+                raise HostError(Failure(died, op, error.message, error.death.stderr_tail)) from error
 
 
 def encode(message: messages_pb2.Recipe) -> str:

@@ -37,14 +37,21 @@ class LiveJob:
     method: Method
     recipe: messages_pb2.Recipe
     machine: JobMachine
-    history: list[RoundEntry] = field(default_factory=list)
-    progress: dict[str, Progress] = field(default_factory=dict)
+    history: list[RoundEntry] = field(default_factory=list[RoundEntry])
+    """Committed rounds from 1 on, none left out."""
+    progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
     table: TensorTable | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     version: int = 0
     host_stage: str = ""
-    work: set[asyncio.Task[None]] = field(default_factory=set)
+    work: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     """What runs off the loop for this job: preparing, folding, publishing."""
+    on_host: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    """Those of them that keep the model host busy: an ended job has no use for them."""
+    publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Folders are written and dropped in the order of their rounds."""
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the job has ended and its last folder is written."""
 
     @property
     def ended(self) -> bool:

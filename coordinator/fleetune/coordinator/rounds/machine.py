@@ -14,7 +14,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Union
 
 from fleetune.coordinator.domain import (
     ENDED,
@@ -42,6 +41,10 @@ DEVICE_FAILURES = 3
 """Failures in a row after which a device gets no more tasks of this job."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+PAUSED = "paused by an operator"
+PAUSES_LATER = "pauses after this round"
+PAUSED_IN_LINE = "paused by an operator before its turn"
 
 
 @dataclass(frozen=True)
@@ -179,26 +182,26 @@ class Restarted:
     """The coordinator has restarted: commands whose effect was only in memory are given again."""
 
 
-Event = Union[
-    Started,
-    PreparedEvent,
-    HostFailed,
-    Offered,
-    UpdateArrived,
-    UpdateLate,
-    EvaluationArrived,
-    TaskFailed,
-    TaskRefused,
-    DeviceOffline,
-    DeviceOnline,
-    Folded,
-    HeldoutEvaluated,
-    Ticked,
-    CancelRequested,
-    PauseRequested,
-    ResumeRequested,
-    Restarted,
-]
+Event = (
+    Started
+    | PreparedEvent
+    | HostFailed
+    | Offered
+    | UpdateArrived
+    | UpdateLate
+    | EvaluationArrived
+    | TaskFailed
+    | TaskRefused
+    | DeviceOffline
+    | DeviceOnline
+    | Folded
+    | HeldoutEvaluated
+    | Ticked
+    | CancelRequested
+    | PauseRequested
+    | ResumeRequested
+    | Restarted
+)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ class EndJob:
     status: JobStatus
 
 
-Command = Union[Prepare, SendTask, WithdrawTask, Fold, EvaluateHeldout, CommitRound, AbandonRound, EndJob]
+Command = Prepare | SendTask | WithdrawTask | Fold | EvaluateHeldout | CommitRound | AbandonRound | EndJob
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------------------
@@ -290,6 +293,9 @@ class JobMachine:
     round: RoundEntry | None = None
     committed: int = 0
     attempts: int = 0
+    """Times the next round was opened and abandoned; part of its task ids."""
+    setbacks: int = 0
+    """Those of them that count against ROUND_ATTEMPTS: not the ones that only owners' refusals ended."""
     lease: int = 0
     prepared: Prepared | None = None
     state: Blob | None = None
@@ -297,8 +303,11 @@ class JobMachine:
     best_round: int = 0
     best_value: float | None = None
     rounds_without_gain: int = 0
-    failures_in_row: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, str] = field(default_factory=dict)
+    failures_in_row: dict[str, int] = field(default_factory=dict[str, int])
+    excluded: dict[str, str] = field(default_factory=dict[str, str])
+    """Device id -> why it gets no more train tasks of this job."""
+    unmeasured: dict[str, str] = field(default_factory=dict[str, str])
+    """Device id -> why it gets no more evaluate tasks of this job."""
     last_failure: Failure | None = None
     last_failure_device: str = ""
     waiting_since_unix_s: float = 0.0
@@ -322,12 +331,12 @@ class JobMachine:
         times: list[float] = []
         if self.status == "waiting" and self.plan.wait_s > 0:
             times.append(self.waiting_since_unix_s + self.plan.wait_s)
-        if self.round is not None and self.round.phase in ("training", "evaluating"):
+        # Only open tasks have something to miss: a fold or a held-out evaluation goes on past the devices' deadline.
+        waited_for = [task for task in self.round.tasks.values() if task.status == "assigned"] if self.round is not None else []
+        if self.round is not None and waited_for:
             if self.round.deadline_unix_s > 0:
                 times.append(self.round.deadline_unix_s)
-            for task in self.round.tasks.values():
-                if task.status == "assigned" and task.offline_since_unix_s > 0:
-                    times.append(task.offline_since_unix_s + self.plan.absent_grace_s)
+            times += [t.offline_since_unix_s + self.plan.absent_grace_s for t in waited_for if t.offline_since_unix_s > 0]
         return min(times) if times else None
 
     def wants_devices(self) -> bool:
@@ -404,7 +413,7 @@ class JobMachine:
 
     def _wait(self, message: str, now: float) -> None:
         self.status = "paused" if self.paused else "waiting"
-        self.message = "paused by an operator" if self.paused else message
+        self.message = PAUSED if self.paused else message
         self.waiting_since_unix_s = now
 
     def _open_round(self, candidates: Sequence[Candidate], now: float) -> list[Command]:
@@ -413,6 +422,8 @@ class JobMachine:
         usable = sorted((c for c in candidates if c.device_id not in self.excluded), key=lambda c: c.device_id)
         if len(usable) < self.plan.minimum:
             self.message = f"waits for devices: {len(usable)} of at least {self.plan.minimum} are ready"
+            if self.excluded:
+                self.message += f"; {len(self.excluded)} get no more tasks of this job after failing"
             return []
         number = self.committed + 1
         asked = usable
@@ -462,6 +473,11 @@ class JobMachine:
             return []
         entry.failure = failure
         self.last_failure, self.last_failure_device = failure, entry.device_name
+        if entry.kind == "evaluate":
+            # A device that cannot measure may still train: its validation rows are others than its train rows.
+            if failure.kind in LASTING:
+                self.unmeasured[entry.device_id] = failure.message
+            return self._settle(task_id, "failed", failure.message, now)
         row = self.failures_in_row.get(entry.device_id, 0) + 1
         self.failures_in_row[entry.device_id] = row
         if failure.kind in LASTING or row >= DEVICE_FAILURES:
@@ -552,9 +568,11 @@ class JobMachine:
         if told:
             reason += " (" + "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "") + ")"
         self.attempts += 1
+        if any(task.status in ("failed", "missed") for task in entry.tasks.values()):
+            self.setbacks += 1
         commands: list[Command] = [AbandonRound(entry, reason)]
-        lasting = [t for t in entry.tasks.values() if t.failure is not None and t.failure.kind in LASTING]
-        if len(lasting) == asked or self.attempts >= ROUND_ATTEMPTS:
+        hopeless = all(task.device_id in self.excluded for task in entry.tasks.values())
+        if hopeless or self.setbacks >= ROUND_ATTEMPTS:
             return commands + self._end("failed", reason, now)
         self._wait(f"{reason}; waits to open the round again", now)
         return commands
@@ -571,7 +589,7 @@ class JobMachine:
         self.round.phase = "evaluating"
         if self.plan.evaluation == "heldout":
             return [EvaluateHeldout(number, outcome.state)]
-        usable = [c for c in candidates if c.device_id not in self.excluded]
+        usable = [c for c in candidates if c.device_id not in self.excluded and c.device_id not in self.unmeasured]
         if not usable:
             self.message = f"round {number} was not evaluated: no device was ready"
             return self._commit({}, 0, now)
@@ -588,7 +606,7 @@ class JobMachine:
         entry, self.round = self.round, None
         entry.phase, entry.metrics, entry.evaluation_rows, entry.ended_unix_s = "committed", dict(metrics), rows, now
         self.state, self.optimizer = entry.state, entry.optimizer
-        self.committed, self.attempts = entry.number, 0
+        self.committed, self.attempts, self.setbacks = entry.number, 0, 0
         commands: list[Command] = [CommitRound(entry)]
         stop = self._judge(entry)
         if stop or entry.number >= self.plan.rounds:
@@ -609,27 +627,33 @@ class JobMachine:
             self.best_round, self.best_value = entry.number, value
         self.rounds_without_gain = 0 if gain > self.plan.min_delta else self.rounds_without_gain + 1
         if 0 < self.plan.patience <= self.rounds_without_gain:
-            return f"stopped early: {self.plan.metric} has not improved for {self.rounds_without_gain} rounds; best was round {self.best_round}"
+            return (
+                f"stopped early: {self.plan.metric} has not improved for {self.rounds_without_gain} evaluations; "
+                f"best was round {self.best_round}"
+            )
         return ""
 
     def _pause(self) -> list[Command]:
         self.paused = True
         if self.status == "waiting":
-            self.status, self.message = "paused", "paused by an operator"
-        elif self.status in ("running", "preparing", "queued"):
-            self.message = "pauses after this round"
+            self.status, self.message = "paused", PAUSED
+        elif self.status == "queued":
+            self.message = PAUSED_IN_LINE
+        elif self.status in ("running", "preparing"):
+            self.message = PAUSES_LATER
         return []
 
     def _resume(self, now: float) -> list[Command]:
         self.paused = False
         if self.status == "paused":
             self._wait("waits for devices", now)
-        elif self.message == "pauses after this round":
+        elif self.message in (PAUSES_LATER, PAUSED_IN_LINE):
             self.message = ""
         return []
 
     def _restart(self, now: float) -> list[Command]:
-        """Devices are not connected yet: open tasks wait for them; what ran on the coordinator starts again."""
+        """Devices are not connected yet: open tasks wait for them, past their deadline if need be; what ran on the coordinator
+        starts again."""
         if self.status == "preparing":
             return [Prepare()]
         if self.status == "waiting":
@@ -644,6 +668,9 @@ class JobMachine:
         for entry in self.round.tasks.values():
             if entry.status == "assigned":
                 entry.offline_since_unix_s = now
+        if self.round.deadline_unix_s > 0:
+            # The time that the coordinator was down is not the devices' fault: their results may lie ready.
+            self.round.deadline_unix_s = max(self.round.deadline_unix_s, now + self.plan.absent_grace_s)
         return []
 
     def _end(self, status: JobStatus, message: str, now: float) -> list[Command]:
@@ -666,6 +693,8 @@ class JobMachine:
             assert all(key == task.task_id and task.lease <= self.lease for key, task in self.round.tasks.items())
             if self.round.phase == "training":
                 assert any(task.status == "assigned" for task in self.round.tasks.values()), "a settled round must close"
+            else:
+                assert not any(t.status == "assigned" and t.kind == "train" for t in self.round.tasks.values()), "training is over"
 
 
 def weighted_means(evaluations: Sequence[Evaluation]) -> Metrics:

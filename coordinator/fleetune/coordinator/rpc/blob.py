@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
 
 from fleetune.coordinator.rounds.engine import Engine, Receipt
 from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.rpc.streams import next_message
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, WireError
-from fleetune.v1 import blob_pb2, blob_pb2_grpc
-from fleetune.wire.chunks import Spool, SpoolBusyError, read_chunk
+from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
+from fleetune.wire import digests
+from fleetune.wire.chunks import SpoolBusyError, read_chunk
 
 log = logging.getLogger("fleetune.blob")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 IDLE_S = 60.0
 """A stream that moves nothing for so long is ended; the agent resumes where it was."""
@@ -62,6 +69,7 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except FileNotFoundError:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {request.digest[:12]}")
+            ahead: asyncio.Future[blob_pb2.Chunk] | None = None
             try:
                 size = os.fstat(fd).st_size
                 if request.offset > size:
@@ -71,31 +79,32 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
                 if ahead is None:
                     await context.write(blob_pb2.DownloadResponse(size_bytes=size))
                 while ahead is not None:
-                    chunk = await ahead
+                    chunk = await asyncio.shield(ahead)
                     position += len(chunk.data)
                     ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
-                    try:
-                        response = blob_pb2.DownloadResponse(chunk=chunk, size_bytes=size if first else 0)
-                        await asyncio.wait_for(context.write(response), IDLE_S)
-                    except BaseException:
-                        if ahead is not None:  # the descriptor must outlive the read
-                            await asyncio.shield(asyncio.wait({ahead}))
-                        raise
+                    response = blob_pb2.DownloadResponse(chunk=chunk, size_bytes=size if first else 0)
+                    await asyncio.wait_for(context.write(response), IDLE_S)
                     first = False
             finally:
+                if ahead is not None:  # the descriptor must outlive the read
+                    await asyncio.wait({ahead})
+                    ahead.exception()  # seen; the stream has ended for another reason
                 os.close(fd)
 
-    async def UploadStatus(  # type: ignore[override]
+    async def UploadStatus(
         self,
         request: blob_pb2.UploadStatusRequest,
         context: grpc.aio.ServicerContext[blob_pb2.UploadStatusRequest, blob_pb2.UploadStatusResponse],
     ) -> blob_pb2.UploadStatusResponse:
+        if (wrong := _unusable(request.blob)) is not None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         settled = await self._engine.judge(request.task_id, request.device_id, request.blob.digest)
         if settled is not None:
+            self._blobs.discard(request.task_id, request.blob)
             return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, settled))
         return blob_pb2.UploadStatusResponse(offset=self._blobs.spooled(request.task_id, request.blob))
 
-    async def Upload(  # type: ignore[override]
+    async def Upload(
         self,
         request_iterator: AsyncIterator[blob_pb2.UploadRequest],
         context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
@@ -104,11 +113,14 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
         if first is None or not first.HasField("header"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of an upload must carry its header")
         header = first.header
+        if (wrong := _unusable(header.blob)) is not None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if header.epoch != self._epoch:
             reason = f"the update is of epoch {header.epoch}, this coordinator is in epoch {self._epoch}: an older state was restored"
             return self._answer(header, Receipt("refused", reason))
         settled = await self._engine.judge(header.task_id, header.device_id, header.blob.digest)
         if settled is not None:
+            self._blobs.discard(header.task_id, header.blob)
             return self._answer(header, settled)
         async with self._uploads:
             self.receiving += 1
@@ -134,46 +146,64 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
         first: blob_pb2.UploadRequest,
         context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
     ) -> blob_pb2.UploadResponse:
-        loop = asyncio.get_running_loop()
-
-        def open_spool() -> Spool:
-            return self._blobs.spool(header.task_id, header.blob, self._max_update_bytes)
-
-        spool = await loop.run_in_executor(self._disk, open_spool)
+        opening = self._on_disk(self._blobs.spool, header.task_id, header.blob, self._max_update_bytes)
         try:
-            writing: asyncio.Future[None] | None = None
+            spool = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the stream was cut: what the thread is about to open must not stay open
+            await asyncio.wait({opening})
+            if opening.exception() is None:
+                opening.result().close()
+            raise
+        busy: asyncio.Future[None] | asyncio.Future[str] | None = None
+        try:
             message: blob_pb2.UploadRequest | None = first
             # One chunk is written and hashed while the next one is on its way.
-            try:
-                while message is not None:
-                    if writing is not None:
-                        await writing
-                        writing = None
-                    if message.HasField("chunk"):
-                        writing = loop.run_in_executor(self._disk, spool.add, message.chunk)
-                    message = await self._next(context)
-            finally:
-                if writing is not None:
-                    await asyncio.shield(writing)
+            while message is not None:
+                if busy is not None:
+                    await asyncio.shield(busy)
+                    busy = None
+                if message.HasField("chunk"):
+                    busy = self._on_disk(spool.add, message.chunk)
+                message = await self._next(context)
+            if busy is not None:
+                await asyncio.shield(busy)
             if not spool.complete:
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
                 )
-            digest = await loop.run_in_executor(self._disk, self._blobs.adopt, spool)
+            async with self._engine.keeping(spool.digest):
+                busy = self._on_disk(self._blobs.adopt, spool)
+                digest = await asyncio.shield(busy)
+                receipt = await self._engine.take_update(
+                    header.task_id, header.device_id, convert.update(header), self._blobs.path(digest)
+                )
+            return self._answer(header, receipt)
         finally:
+            if busy is not None:  # the thread has the spool in hand, also where this stream was cut
+                await asyncio.wait({busy})
+                busy.exception()
             spool.close()
-        receipt = await self._engine.take_update(header.task_id, header.device_id, convert.update(header), self._blobs.path(digest))
-        return self._answer(header, receipt)
+
+    def _on_disk(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments, **named))
 
     async def _next(
         self, context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse]
     ) -> blob_pb2.UploadRequest | None:
         try:
-            message = await asyncio.wait_for(context.read(), IDLE_S)
+            return await next_message(context, IDLE_S, blob_pb2.UploadRequest)
         except asyncio.TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {IDLE_S:g} s; resume where it ended")
-        return None if message is grpc.aio.EOF else message  # type: ignore[return-value]
 
     @staticmethod
     def _answer(header: blob_pb2.UploadHeader, receipt: Receipt) -> blob_pb2.UploadResponse:
         return blob_pb2.UploadResponse(receipt=convert.receipt(header.task_id, header.lease, receipt))
+
+
+def _unusable(blob: messages_pb2.BlobRef) -> str | None:
+    """What is wrong with an address from the network, before it names anything."""
+    try:
+        digests.check(blob.digest)
+    except WireError as error:
+        return str(error)
+    return None

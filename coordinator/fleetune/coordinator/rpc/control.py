@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 import grpc
-import grpc.aio
 
 from fleetune.coordinator import jobspec
 from fleetune.coordinator.domain import RoundEntry
@@ -20,14 +20,12 @@ from fleetune.coordinator.rpc import convert
 from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
+from fleetune.errors import DiskFullError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import channel
 
 WATCH_INTERVAL_S = 0.25
 """A watcher hears of a job at most so often."""
-
-LOG_LINES_MAX = 5000
-"""Lines of one answer: it must fit into a message."""
 
 
 class Aborting(Protocol):
@@ -55,7 +53,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def ValidateJob(self, request: control_pb2.ValidateJobRequest, context: Aborting) -> control_pb2.ValidateJobResponse:  # type: ignore[override]
         try:
-            jobspec.parse(request.job_toml)
+            await self._engine.checked(request.job_toml)
         except jobspec.JobFileError as error:
             return control_pb2.ValidateJobResponse(complaints=convert.complaints(error.complaints))
         return control_pb2.ValidateJobResponse()
@@ -67,6 +65,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             job = await self._engine.submit(request.job_toml, request.submit_id)
         except jobspec.JobFileError as error:
             return control_pb2.SubmitJobResponse(complaints=convert.complaints(error.complaints))
+        except DiskFullError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         return control_pb2.SubmitJobResponse(job_id=job.job_id)
 
     async def ListJobs(self, request: control_pb2.ListJobsRequest, context: Aborting) -> control_pb2.ListJobsResponse:  # type: ignore[override]
@@ -124,6 +124,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"round {number} of job {job.job_id} is no longer kept; kept are {kept}")
         assert job.machine.prepared is not None
         texts = adapter.texts(adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry))
+        self._engine.hold(entry.state.digest)
         state = messages_pb2.BlobRef(digest=entry.state.digest, size_bytes=entry.state.size_bytes)
         files = [control_pb2.AdapterFile(name=adapter.STATE_FILE, blob=state)]
         files += [control_pb2.AdapterFile(name=name, inline=text.encode()) for name, text in sorted(texts.items())]
@@ -137,10 +138,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 grpc.StatusCode.NOT_FOUND, f"no device is called {convert.clean(request.device_name, 63)!r}; known are {known}"
             )
         rows = await self._database.read(lambda c: records.load_logs(c, job.job_id, request.device_name))
-        lines = [
-            control_pb2.LogLine(unix_s=r.unix_s, device_name=r.device_name, round=r.round_number, text=r.text) for r in rows[-LOG_LINES_MAX:]
-        ]
-        return control_pb2.GetLogsResponse(lines=lines)
+        lines: list[control_pb2.LogLine] = []
+        room = convert.ANSWER_BYTES_MAX
+        for row in reversed(rows):
+            line = control_pb2.LogLine(unix_s=row.unix_s, device_name=row.device_name, round=row.round_number, text=row.text)
+            room -= line.ByteSize() + 8
+            if room < 0:
+                break
+            lines.append(line)
+        return control_pb2.GetLogsResponse(lines=lines[::-1])
 
     # -- small parts
 
@@ -167,7 +173,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             folder = str(Path(adapter.folder(self._engine.jobs_folder, job.job_id, job.machine.committed)).absolute())
         waiting = ""
         if job.machine.status == "waiting":
-            reasons = self._registry.explain(job.needs, job.machine.busy_devices())
+            reasons = self._registry.explain(job.needs, self._engine.busy_devices(), time.monotonic())
             waiting = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())[:3])
         online = frozenset(self._registry.sessions)
         return convert.job_view(job, folder, online=online, waiting=waiting, history=history)
@@ -182,8 +188,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             online=line is not None,
             tags=hello.tags,
             profile=hello.profile,
-            last_seen_unix_s=row.last_seen_unix_s,
-            agent_version=hello.agent_version,
+            last_seen_unix_s=time.time() - (time.monotonic() - session.last_heard_s) if session else row.last_seen_unix_s,
+            agent_version=convert.clean(hello.agent_version, 40),
             data_names=hello.data_names,
             updates_accepted=row.updates_accepted,
             failures=row.failures,

@@ -24,17 +24,24 @@ from fleetune.coordinator.registry import Greeting
 from fleetune.coordinator.rounds.engine import Order, Receipt
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, messages_pb2
+from fleetune.wire import channel
+
+ANSWER_BYTES_MAX = channel.MESSAGE_BYTES_MAX * 3 // 4
+"""Of the growing part of an answer: the whole must fit into a message."""
+
+ROWS_MAX = 2**40
+"""Rows of one evaluation; more is a mistake, and sums of them must fit into their field."""
 
 TEXT_CHARS_MAX = 2000
 TRACEBACK_CHARS_MAX = 8192
 
-_RECEIPTS: Mapping[str, messages_pb2.ReceiptStatus] = {
+_RECEIPTS: Mapping[str, messages_pb2.ReceiptStatus.ValueType] = {
     "accepted": messages_pb2.RECEIPT_STATUS_ACCEPTED,
     "duplicate": messages_pb2.RECEIPT_STATUS_DUPLICATE,
     "late": messages_pb2.RECEIPT_STATUS_LATE,
     "refused": messages_pb2.RECEIPT_STATUS_REFUSED,
 }
-_FAILURES: Mapping[messages_pb2.FailureKind, FailureKind] = {
+_FAILURES: Mapping[messages_pb2.FailureKind.ValueType, FailureKind] = {
     messages_pb2.FAILURE_KIND_DATA: "data",
     messages_pb2.FAILURE_KIND_MODEL: "model",
     messages_pb2.FAILURE_KIND_OUT_OF_MEMORY: "out_of_memory",
@@ -45,11 +52,11 @@ _FAILURES: Mapping[messages_pb2.FailureKind, FailureKind] = {
     messages_pb2.FAILURE_KIND_TRANSFER: "transfer",
     messages_pb2.FAILURE_KIND_INTERNAL: "internal",
 }
-_FAILURES_BACK: Mapping[FailureKind, messages_pb2.FailureKind] = {
+_FAILURES_BACK: Mapping[FailureKind, messages_pb2.FailureKind.ValueType] = {
     **{kind: number for number, kind in _FAILURES.items()},
     "stalled": messages_pb2.FAILURE_KIND_TRANSFER,
 }
-_STATES: Mapping[JobStatus, control_pb2.JobState] = {
+_STATES: Mapping[JobStatus, control_pb2.JobState.ValueType] = {
     "queued": control_pb2.JOB_STATE_QUEUED,
     "preparing": control_pb2.JOB_STATE_PREPARING,
     "waiting": control_pb2.JOB_STATE_WAITING,
@@ -59,13 +66,13 @@ _STATES: Mapping[JobStatus, control_pb2.JobState] = {
     "failed": control_pb2.JOB_STATE_FAILED,
     "cancelled": control_pb2.JOB_STATE_CANCELLED,
 }
-_PHASES: Mapping[Phase, control_pb2.RoundPhase] = {
+_PHASES: Mapping[Phase, control_pb2.RoundPhase.ValueType] = {
     "training": control_pb2.ROUND_PHASE_TRAINING,
     "folding": control_pb2.ROUND_PHASE_FOLDING,
     "evaluating": control_pb2.ROUND_PHASE_EVALUATING,
     "committed": control_pb2.ROUND_PHASE_COMMITTED,
 }
-_TASK_STATES: Mapping[TaskStatus, control_pb2.DeviceTaskState] = {
+_TASK_STATES: Mapping[TaskStatus, control_pb2.DeviceTaskState.ValueType] = {
     "assigned": control_pb2.DEVICE_TASK_STATE_ASSIGNED,
     "done": control_pb2.DEVICE_TASK_STATE_DONE,
     "failed": control_pb2.DEVICE_TASK_STATE_FAILED,
@@ -102,7 +109,7 @@ def failure(message: messages_pb2.Failure) -> Failure:
 
 
 def evaluation(message: messages_pb2.Evaluation) -> Evaluation:
-    return Evaluation(metrics(message.metrics), message.rows)
+    return Evaluation(metrics(message.metrics), min(message.rows, ROWS_MAX))
 
 
 def update(header: blob_pb2.UploadHeader) -> Update:
@@ -207,7 +214,7 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
     elif job.history:
         view.current.CopyFrom(round_view(job.history[-1], job, online))
     if history:
-        view.history.extend(round_view(entry, job, online) for entry in job.history)
+        view.history.extend(_history(job, online))
     if prepared is not None and prepared.initial is not None:
         view.initial_metrics.extend(_metric_messages(prepared.initial.metrics))
     if state.last_failure is not None and state.status == "failed":
@@ -216,6 +223,21 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
     if remaining is not None:
         view.remaining_s = remaining
     return view
+
+
+def _history(job: LiveJob, online: frozenset[str]) -> list[control_pb2.RoundView]:
+    """As much as one message holds: the oldest rounds lose their devices first, then they are left out."""
+    views: list[control_pb2.RoundView] = []
+    room = ANSWER_BYTES_MAX - len(job.toml.encode())
+    for entry in reversed(job.history):
+        view = round_view(entry, job, online)
+        if view.ByteSize() > room // 2:
+            view.ClearField("tasks")
+        room -= view.ByteSize() + 8
+        if room < 0:
+            break
+        views.append(view)
+    return views[::-1]
 
 
 def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.RoundView:

@@ -16,6 +16,7 @@ import grpc.aio
 from fleetune.coordinator.registry import Greeting, Refused, Registry, Session
 from fleetune.coordinator.rounds.engine import Engine, Order
 from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.rpc.streams import next_message
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc, messages_pb2
@@ -30,8 +31,11 @@ HELLO_S = 10.0
 OUTBOUND_MAX = 1000
 """Messages waiting for one agent; an agent that reads none of so many is cut and may come back."""
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-DEVICE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9-]{7,63}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}", re.ASCII)
+WORD_CHARACTERS_MAX = 200
+
+Context = grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
 
 _REFUSALS = {
     "duplicate_id": fleet_pb2.REFUSAL_KIND_DUPLICATE_ID,
@@ -48,7 +52,7 @@ class Line:
     hello: fleet_pb2.Hello
     outbound: asyncio.Queue[fleet_pb2.SessionResponse | None] = field(default_factory=lambda: asyncio.Queue(OUTBOUND_MAX))
     telemetry: fleet_pb2.Heartbeat | None = None
-    logged_lines: dict[str, int] = field(default_factory=dict)
+    logged_lines: dict[str, int] = field(default_factory=dict[str, int])
     cut: asyncio.Event = field(default_factory=asyncio.Event)
 
     def send(self, message: fleet_pb2.SessionResponse) -> None:
@@ -100,28 +104,39 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     async def Session(  # type: ignore[override]  # the stub allows both gRPC flavours; this is the aio one
         self,
         request_iterator: AsyncIterator[fleet_pb2.SessionRequest],
-        context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse],
+        context: Context,
     ) -> None:
         hello = await self._hello(context)
         if hello is None:
             return
-        line = await self._open(hello, context)
+        line = await self._admit(hello, context)
         if line is None:
             return
-        device_id = line.session.greeting.device_id
-        writer = asyncio.create_task(self._write(line, context), name=f"to {hello.device_name}")
-        reader = asyncio.create_task(self._read(line, context), name=f"from {hello.device_name}")
-        cutter = asyncio.create_task(line.cut.wait(), name=f"cut {hello.device_name}")
+        try:
+            await self._converse(line, context)
+        finally:
+            await self._close(line, hello.device_id)
+
+    async def _converse(self, line: Line, context: Context) -> None:
+        """Greet, then read and write until one side ends."""
+        name = line.session.greeting.name
+        await self._save(line.session.greeting, line.hello)
+        log.info("device=%s online id=%s address=%s", name, line.session.greeting.device_id, line.session.greeting.address)
+        held = frozenset(task.task_id for task in line.hello.held)
+        running = frozenset(task.task_id for task in line.hello.held if task.stage == fleet_pb2.HELD_STAGE_RUNNING)
+        self._engine.device_online(line.session, held, running)
+        writer = asyncio.create_task(self._write(line, context), name=f"to {name}")
+        reader = asyncio.create_task(self._read(line, context), name=f"from {name}")
+        cutter = asyncio.create_task(line.cut.wait(), name=f"cut {name}")
         try:
             await asyncio.wait({writer, reader, cutter}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (writer, reader, cutter):
                 task.cancel()
             results = await asyncio.gather(writer, reader, cutter, return_exceptions=True)
-            await self._close(line, device_id)
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, grpc.aio.BaseError | asyncio.TimeoutError):
-                    log.error("device=%s session failed", hello.device_name, exc_info=result)
+                    log.error("device=%s session failed", name, exc_info=result)
 
     def drain(self, reason: str) -> None:
         """Tell everybody that the coordinator is about to stop."""
@@ -134,14 +149,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         for line in self.lines.values():
             line.cut.set()
 
-    async def _hello(self, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> fleet_pb2.Hello | None:
+    async def _hello(self, context: Context) -> fleet_pb2.Hello | None:
         try:
-            first = await asyncio.wait_for(context.read(), HELLO_S)
+            first = await next_message(context, HELLO_S, fleet_pb2.SessionRequest)
         except asyncio.TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no Hello within {HELLO_S:g} s")
-        if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":  # type: ignore[union-attr]
+        if first is None or first.WhichOneof("body") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be Hello")
-        hello: fleet_pb2.Hello = first.hello  # type: ignore[union-attr]
+        hello = first.hello
         refusal = self._objection(hello)
         if refusal is not None:
             await context.write(fleet_pb2.SessionResponse(refusal=refusal))
@@ -160,21 +175,21 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if self.draining:
             return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_DRAINING, message="the coordinator is about to stop", retry_after_s=1.0)
         wrong = ""
-        if not NAME.match(hello.device_name):
+        if not NAME.fullmatch(hello.device_name):
             wrong = f"the device name {convert.clean(hello.device_name, 80)!r} is not 1 to 63 of A-Z a-z 0-9 . _ -"
-        elif not DEVICE_ID.match(hello.device_id):
+        elif not DEVICE_ID.fullmatch(hello.device_id):
             wrong = f"the device id {convert.clean(hello.device_id, 80)!r} is not 8 to 64 of A-Z a-z 0-9 -"
         elif not hello.instance_id or len(hello.instance_id) > 64:
             wrong = "the instance id is empty or longer than 64 characters"
         elif max(len(hello.tags), len(hello.data_names), len(hello.methods), len(hello.held)) > 1000:
             wrong = "more than 1000 tags, data names, methods or held tasks"
+        elif any(len(word) > WORD_CHARACTERS_MAX or not word.isprintable() for word in (*hello.tags, *hello.data_names, *hello.methods)):
+            wrong = f"a tag, data name or method is longer than {WORD_CHARACTERS_MAX} characters or not printable"
         if wrong:
             return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_INVALID, message=wrong)
         return None
 
-    async def _open(
-        self, hello: fleet_pb2.Hello, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
-    ) -> Line | None:
+    async def _admit(self, hello: fleet_pb2.Hello, context: Context) -> Line | None:
         greeting = convert.greeting(hello, context.peer())
         verdict = self._registry.admit(greeting, self._monotonic())
         if isinstance(verdict, Refused):
@@ -199,9 +214,6 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 )
             )
         )
-        await self._save(greeting, hello)
-        log.info("device=%s online id=%s address=%s", greeting.name, greeting.device_id, greeting.address)
-        self._engine.device_online(verdict, frozenset(held.task_id for held in hello.held))
         return line
 
     async def _close(self, line: Line, device_id: str) -> None:
@@ -217,20 +229,17 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         row = records.DeviceRow(greeting.device_id, greeting.name, now, now, hello.SerializeToString())
         await self._database.write(lambda tx: records.save_device(tx, row))
 
-    async def _write(self, line: Line, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> None:
+    async def _write(self, line: Line, context: Context) -> None:
         while True:
             message = await line.outbound.get()
             if message is None:
                 return
             await context.write(message)
 
-    async def _read(self, line: Line, context: grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]) -> None:
-        while True:
-            message = await asyncio.wait_for(context.read(), self._registry.lease_s)
-            if message is grpc.aio.EOF:
-                return
+    async def _read(self, line: Line, context: Context) -> None:
+        while (message := await next_message(context, self._registry.lease_s, fleet_pb2.SessionRequest)) is not None:
             line.session.last_heard_s = self._monotonic()
-            if await self._handle(line, message):  # type: ignore[arg-type]  # EOF is handled above
+            if await self._handle(line, message):
                 return
 
     async def _handle(self, line: Line, message: fleet_pb2.SessionRequest) -> bool:
@@ -248,8 +257,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             case "log":
                 await self._log(line, message.log)
             case "availability":
-                line.session.accepts_tasks = message.availability.accepts_tasks
-                line.session.reason = convert.clean(message.availability.reason, 200)
+                said = message.availability
+                self._registry.announce(line.session, said.accepts_tasks, convert.clean(said.reason, 200))
                 self._engine.availability_changed()
             case "leaving":
                 log.info("device=%s leaves reason=%r", line.session.greeting.name, convert.clean(message.leaving.reason, 200))
@@ -267,9 +276,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             case "evaluation":
                 answer = await self._engine.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
             case "refusal":
-                # Nothing more for it until it says that it accepts tasks again, or it would refuse in a loop.
-                line.session.accepts_tasks, line.session.reason = False, convert.clean(outcome.refusal.reason, 200)
-                answer = await self._engine.take_refusal(outcome.task_id, device_id, line.session.reason)
+                reason = convert.clean(outcome.refusal.reason, 200)
+                # Nothing more for it for a while, or it would refuse in a loop.
+                self._registry.refused(line.session, reason, self._monotonic())
+                answer = await self._engine.take_refusal(outcome.task_id, device_id, reason)
             case _:
                 return
         message: messages_pb2.Receipt = convert.receipt(outcome.task_id, outcome.lease, answer)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -86,6 +87,10 @@ class BlobStore:
         except FileNotFoundError:
             return 0
         return held if held <= ref.size_bytes else 0
+
+    def discard(self, key: str, ref: Addressed) -> None:
+        """Remove what has arrived for `key`, unless a stream is writing it just now."""
+        _removed_if_idle(self._spool_path(key, ref), math.inf)
 
     def adopt(self, spool: Spool) -> str:
         """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool."""

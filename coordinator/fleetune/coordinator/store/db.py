@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
@@ -34,7 +35,13 @@ class Database:
 
     async def open(self) -> None:
         """Create what is missing. Raises ConfigError for a file that is no database or is newer than this program."""
-        await self.write(lambda tx: _prepare(tx, self._path))
+        try:
+            await self.write(lambda tx: _prepare(tx, self._path))
+        except (DatabaseError, sqlite3.DatabaseError) as error:  # the driver's own where the very first statement fails
+            reason = error.orig if isinstance(error, DatabaseError) else error
+            raise ConfigError(
+                f"the database {self._path} cannot be used ({reason}).", "Restore it from a backup or name another state_dir."
+            ) from error
 
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Run `change` in one transaction on the writer thread; returns once it is on disk. Rolled back where it raises."""
@@ -82,14 +89,14 @@ def _engine(path: Path | None) -> Engine:
 
 
 def _prepare(tx: Connection, path: Path | None) -> None:
-    try:
-        schema.metadata.create_all(tx)
+    found: str | None = None
+    tables = set(inspect(tx).get_table_names())
+    if schema.meta.name in tables:
         found = tx.execute(select(schema.meta.c.value).where(schema.meta.c.key == "schema_version")).scalar()
-    except DatabaseError as error:
-        raise ConfigError(
-            f"{path} is not a database of this program ({error.orig}).", "Restore it from a backup or name another state_dir."
-        ) from error
+    elif tables:
+        raise ConfigError(f"{path} is a database of another program.", "Name another state_dir.")
     if found is None:
+        schema.metadata.create_all(tx)
         tx.execute(insert(schema.meta).values(key="schema_version", value=str(schema.SCHEMA_VERSION)))
         tx.execute(insert(schema.meta).values(key="epoch", value="1"))
     elif int(found) > schema.SCHEMA_VERSION:

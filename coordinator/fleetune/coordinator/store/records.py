@@ -6,20 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
+from pydantic_core import to_json
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from fleetune.coordinator.domain import RoundEntry
-from fleetune.coordinator.rounds import machine as machines
 from fleetune.coordinator.rounds.machine import Event, JobMachine
 from fleetune.coordinator.store import schema
 
 LOG_LINES_PER_JOB = 20_000
 
-_machine_json: TypeAdapter[JobMachine] = TypeAdapter(JobMachine)
-_round_json: TypeAdapter[RoundEntry] = TypeAdapter(RoundEntry)
-_event_json: dict[type, TypeAdapter[Event]] = {}
+# Left alone, pydantic writes NaN as null, which is no number when it is read again. `| None`, because a dataclass by itself
+# takes no settings from outside.
+_JSON = ConfigDict(ser_json_inf_nan="constants")
+_machine_json: TypeAdapter[JobMachine | None] = TypeAdapter(JobMachine | None, config=_JSON)
+_round_json: TypeAdapter[RoundEntry | None] = TypeAdapter(RoundEntry | None, config=_JSON)
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,18 @@ def save_machine(tx: Connection, job_id: str, status: str, machine_json: str) ->
 def load_jobs(connection: Connection) -> list[JobRow]:
     """All jobs, oldest first."""
     rows = connection.execute(select(schema.jobs).order_by(schema.jobs.c.submitted_unix_s)).all()
-    return [
-        JobRow(r.job_id, r.name, r.submit_id, r.toml, r.submitted_unix_s, _machine_json.validate_json(cast(str, r.machine))) for r in rows
-    ]
+    return [JobRow(r.job_id, r.name, r.submit_id, r.toml, r.submitted_unix_s, load_machine(cast(str, r.machine))) for r in rows]
 
 
 def dump_machine(machine: JobMachine) -> str:
     return _machine_json.dump_json(machine).decode()
+
+
+def load_machine(text: str) -> JobMachine:
+    """The machine that `dump_machine` wrote. Raises pydantic's ValidationError for anything else."""
+    machine = _machine_json.validate_json(text)
+    assert machine is not None
+    return machine
 
 
 def save_round(tx: Connection, job_id: str, entry: RoundEntry) -> None:
@@ -131,7 +138,8 @@ def save_round(tx: Connection, job_id: str, entry: RoundEntry) -> None:
 
 def load_rounds(connection: Connection, job_id: str) -> list[RoundEntry]:
     rows = connection.execute(select(schema.rounds.c.entry).where(schema.rounds.c.job_id == job_id).order_by(schema.rounds.c.round))
-    return [_round_json.validate_json(cast(str, r.entry)) for r in rows]
+    entries = [_round_json.validate_json(cast(str, r.entry)) for r in rows]
+    return [entry for entry in entries if entry is not None]
 
 
 def add_events(tx: Connection, rows: Sequence[EventRow]) -> None:
@@ -229,15 +237,10 @@ def read_meta(connection: Connection, key: str) -> str | None:
 
 
 def _event_values(row: EventRow) -> dict[str, object]:
-    kind = type(row.event)
-    adapter = _event_json.get(kind)
-    if adapter is None:
-        adapter = _event_json[kind] = TypeAdapter(kind)
-    return {"unix_s": row.unix_s, "job_id": row.job_id, "kind": kind.__name__, "body": adapter.dump_json(row.event).decode()}
+    body = to_json(row.event, inf_nan_mode="constants").decode()
+    return {"unix_s": row.unix_s, "job_id": row.job_id, "kind": type(row.event).__name__, "body": body}
 
 
 def _device(row: Row[tuple[object, ...]]) -> DeviceRow:
     return DeviceRow(**row._mapping)  # pyright: ignore[reportPrivateUsage]  # SQLAlchemy's public name for it
 
-
-EVENT_KINDS = {cls.__name__: cls for cls in machines.Event.__args__}

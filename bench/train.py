@@ -1,0 +1,179 @@
+"""What a training step through our loop costs beside the same step in a plain PEFT loop.
+
+    python bench/train.py [--steps 20] [--repeats 9] [--threads 1] [--dtype float32]
+
+Both loops train the same model on the same rows in the same order; they alternate, so that a busy machine slows both, and the ratio is
+the median of the pairs' ratios. Two points: MiniLM (the demo's base) with batches of 32 rows of 64 tokens, and a tiny BERT in which
+the arithmetic costs next to nothing, so that the loop itself is what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import peft
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from fleetune.agent.trainer import loop
+from fleetune.coordinator.demo.material import find_base
+from fleetune.model import accelerator as accelerators
+from fleetune.model import batches, lora, recipe
+from fleetune.model.batches import Example, Examples
+
+LABELS = tuple("abcdef")
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that is measured."""
+
+    name: str
+    base: Path
+    batch_rows: int
+    tokens: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of one measurement")
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of measurements")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 is all cores")
+    parser.add_argument("--dtype", choices=recipe.DTYPES, default="float32")
+    parser.add_argument("--accelerator", choices=accelerators.CHOICES, default="cpu")
+    options = parser.parse_args()
+    threads = accelerators.set_threads(options.threads)
+    accelerator = accelerators.pick(options.accelerator)
+    what = torch.cuda.get_device_name() if accelerator.kind == "cuda" else f"{_cpu()}, {os.cpu_count()} CPUs, {threads} threads"
+    print(
+        f"machine: {what}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
+    )
+    print(f"command: python {' '.join(sys.argv)}")
+    with tempfile.TemporaryDirectory() as folder:
+        points = (Point("MiniLM", find_base(None), 32, 64), Point("tiny", _tiny_base(Path(folder), find_base(None)), 8, 16))
+        for point in points:
+            _measure(point, options, accelerator)
+    return 0
+
+
+def _measure(point: Point, options: argparse.Namespace, accelerator: accelerators.Accelerator) -> None:
+    found = recipe.Recipe(
+        model_task=recipe.CLASSIFICATION,
+        labels=LABELS,
+        lora=recipe.Lora(rank=8, alpha=16.0, dropout=0.0, targets=("query", "value")),
+        data=recipe.DataContract("rows", recipe.Columns(text="text", label="label"), point.tokens, point.tokens, "right", False),
+        dtype=options.dtype,
+        gradient_checkpointing=False,
+        evaluation_rows=0,
+        metric="accuracy",
+    )
+    adapted = lora.load(point.base, found, accelerator, seed=1)
+    examples = _examples(adapted, point)
+    plain_model = _plain_model(point, adapted)
+    ours: list[float] = []
+    plain: list[float] = []
+    for _ in range(options.repeats + 1):  # the first pair warms up
+        plain.append(_timed(lambda: _plain_loop(plain_model, adapted, examples.items, point, options.steps), accelerator))
+        ours.append(_timed(lambda: _our_loop(adapted, examples.items, point, options.steps), accelerator))
+    ratio = statistics.median(own / other for own, other in zip(ours[1:], plain[1:], strict=True))
+    spread = sorted(own / other for own, other in zip(ours[1:], plain[1:], strict=True))
+    print(
+        f"{point.name:8} batch {point.batch_rows} x {point.tokens} tokens: plain {1e3 * statistics.median(plain[1:]) / options.steps:8.2f} ms a step, "
+        f"ours {1e3 * statistics.median(ours[1:]) / options.steps:8.2f} ms, ratio {ratio:.3f} ({spread[0]:.3f} to {spread[-1]:.3f})",
+        flush=True,
+    )
+
+
+def _our_loop(adapted: lora.AdaptedModel, items: Sequence[Example], point: Point, steps: int) -> None:
+    plan = loop.Plan(
+        total_rows=steps * point.batch_rows,
+        step_rows=point.batch_rows,
+        micro_rows=point.batch_rows,
+        rate=lambda step: RATE,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        proximal_mu=0.0,
+        seed="1",
+        memory_bytes=None,
+    )
+    loop.train(adapted, items, plan, lambda event, **fields: None)
+
+
+def _plain_loop(model: torch.nn.Module, adapted: lora.AdaptedModel, items: Sequence[Example], point: Point, steps: int) -> None:
+    """What a person writes who follows PEFT's documentation: pad, forward, backward, clip, step."""
+    torch.manual_seed(1)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
+    rows = [{"input_ids": item.ids.tolist()} for item in items]
+    order = batches.endless_order(len(items), "1")
+    device = adapted.accelerator.device
+    for _ in range(steps):
+        chosen = list(islice(order, point.batch_rows))
+        batch = dict(adapted.tokenizer.pad([rows[index] for index in chosen], return_tensors="pt"))
+        batch["labels"] = torch.tensor([items[index].label for index in chosen])
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        if device.type == "cpu":
+            loss.item()
+
+
+def _plain_model(point: Point, adapted: lora.AdaptedModel) -> torch.nn.Module:
+    dtype = next(parameter.dtype for parameter in adapted.model.parameters() if not parameter.requires_grad)
+    base = AutoModelForSequenceClassification.from_pretrained(point.base, num_labels=len(LABELS), local_files_only=True, dtype=dtype)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
+    model: torch.nn.Module = peft.get_peft_model(base, config)
+    return model.to(adapted.accelerator.device)
+
+
+def _examples(adapted: lora.AdaptedModel, point: Point) -> Examples:
+    """Rows of exactly the wished length, so that both loops pad alike."""
+    text = "what is the colour of the lamp that stands beside the open door of the house at the sea " * 8
+    rows = [batches.Row(f"{word} {text}", None, index % len(LABELS)) for index, word in enumerate(text.split())]
+    examples = batches.encode(rows, adapted.recipe, adapted.tokenizer)
+    assert {len(item.ids) for item in examples.items} == {point.tokens}
+    return examples
+
+
+def _tiny_base(folder: Path, tokenizer_from: Path) -> Path:
+    torch.manual_seed(1)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=30522)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    return folder
+
+
+def _timed(action: object, accelerator: accelerators.Accelerator) -> float:
+    assert callable(action)
+    started = time.perf_counter()
+    action()
+    if accelerator.kind == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

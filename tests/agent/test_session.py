@@ -1,0 +1,233 @@
+"""The control stream against a real gRPC server: greeting, hearing, losing it and coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+import pytest_asyncio
+
+from fleetune.agent import session as sessions
+from fleetune.agent.domain import Receipt, Task, Welcome
+from fleetune.agent.session import Mailbox, RefusedError, Session
+from fleetune.errors import UnreachableError, WireError
+from fleetune.v1 import fleet_pb2, messages_pb2
+from fleetune.wire import channel
+from support.fake_coordinator import FakeCoordinator, echo_task
+
+
+@dataclass
+class Ear:
+    """Keeps what a session heard; `changed` wakes whoever waits for more."""
+
+    events: list[tuple[object, ...]] = field(default_factory=list[tuple[object, ...]])
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def connected(self, welcome: Welcome) -> None:
+        self._note("connected", welcome)
+
+    def disconnected(self) -> None:
+        self._note("disconnected")
+
+    def task(self, task: Task) -> None:
+        self._note("task", task)
+
+    def unusable_task(self, task_id: str, lease: int, error: WireError) -> None:
+        self._note("unusable", task_id, lease, str(error))
+
+    def cancel(self, task_id: str, reason: str) -> None:
+        self._note("cancel", task_id, reason)
+
+    def receipt(self, receipt: Receipt) -> None:
+        self._note("receipt", receipt)
+
+    async def until(self, *names: str) -> tuple[object, ...]:
+        """The last event, once the names of all events are these."""
+        while tuple(event[0] for event in self.events) != names:
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), 20)
+        return self.events[-1]
+
+    def _note(self, *event: object) -> None:
+        self.events.append(event)
+        self.changed.set()
+
+
+@pytest_asyncio.fixture
+async def coordinator() -> AsyncIterator[FakeCoordinator]:
+    fake = FakeCoordinator(heartbeat_s=0.05)
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    address: str, ear: Ear, connect_timeout_s: float | None = None
+) -> AsyncGenerator[tuple[Session, asyncio.Task[None]], None]:
+    """A session that runs; ended with its channel."""
+
+    async def hello() -> fleet_pb2.Hello:
+        return fleet_pb2.Hello(device_id="d1", device_name="one", protocol_major=1)
+
+    async def heartbeat(sequence: int) -> fleet_pb2.Heartbeat:
+        return fleet_pb2.Heartbeat(sequence=sequence)
+
+    control = channel.open_channel(address)
+    session = Session(control, address, ear, hello, heartbeat, connect_timeout_s=connect_timeout_s)
+    running = asyncio.create_task(session.run())
+    try:
+        yield session, running
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await control.close()
+
+
+async def test_hello_is_answered_and_heartbeats_count_from_one(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        await coordinator.until(lambda: len(coordinator.heartbeats) >= 3)
+    assert coordinator.hellos[0].device_name == "one"
+    assert [beat.sequence for beat in coordinator.heartbeats[:3]] == [1, 2, 3]
+
+
+async def test_tasks_cancels_and_receipts_are_heard_in_order(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        coordinator.send(task=echo_task("t1", messages_pb2.BlobRef(digest="0" * 64, size_bytes=8), lease=7))
+        coordinator.send(cancel=fleet_pb2.CancelTask(task_id="t1", reason="enough"))
+        coordinator.send(receipt=messages_pb2.Receipt(task_id="t1", lease=7, status=messages_pb2.RECEIPT_STATUS_LATE))
+        await ear.until("connected", "task", "cancel", "receipt")
+    task = ear.events[1][1]
+    assert isinstance(task, Task)
+    assert (task.task_id, task.lease, task.epoch, task.method) == ("t1", 7, 1, "echo")
+    assert ear.events[2] == ("cancel", "t1", "enough")
+
+
+async def test_a_task_that_breaks_the_protocol_is_told_and_the_session_stays(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        coordinator.send(task=echo_task("t1", messages_pb2.BlobRef(digest="../../etc/passwd", size_bytes=8)))
+        name, task_id, _, message = await ear.until("connected", "unusable")
+        await coordinator.until(lambda: len(coordinator.heartbeats) >= 2)
+    assert (name, task_id) == ("unusable", "t1")
+    assert "is not a digest" in str(message)
+
+
+async def test_a_base_with_a_path_for_a_name_is_unusable(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    task = echo_task("t1", messages_pb2.BlobRef(digest="0" * 64, size_bytes=8))
+    task.base.digest = "1" * 64
+    task.base.files.add(name="../config.json", blob=messages_pb2.BlobRef(digest="0" * 64, size_bytes=8))
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        coordinator.send(task=task)
+        event = await ear.until("connected", "unusable")
+    assert "../config.json" in str(event[3])
+
+
+async def test_a_session_that_is_cut_is_opened_again(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        coordinator.hang_up()
+        await ear.until("connected", "disconnected", "connected")
+    assert len(coordinator.hellos) == 2
+
+
+async def test_a_coordinator_that_comes_back_is_found(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+        await coordinator.stop()
+        await ear.until("connected", "disconnected")
+        await coordinator.start()
+        await ear.until("connected", "disconnected", "connected")
+
+
+async def test_silence_for_a_lease_ends_a_session_whose_connection_still_stands(coordinator: FakeCoordinator) -> None:
+    coordinator.welcome.lease_s = 0.3
+    coordinator.answers_heartbeats = False
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected", "disconnected", "connected")
+
+
+async def test_a_final_refusal_ends_the_session_with_the_coordinator_s_words(coordinator: FakeCoordinator) -> None:
+    coordinator.refusals = [fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_NAME_TAKEN, message="another device is called 'one'")]
+    async with opened(coordinator.address, Ear()) as (_, running):
+        with pytest.raises(RefusedError, match=r"another device is called 'one'.*--name"):
+            await asyncio.wait_for(running, 20)
+
+
+async def test_a_refusal_for_now_is_tried_again(coordinator: FakeCoordinator) -> None:
+    refusal = fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_DUPLICATE_ID, message="an older session lives", retry_after_s=0.05)
+    coordinator.refusals = [refusal, refusal]
+    ear = Ear()
+    async with opened(coordinator.address, ear):
+        await ear.until("connected")
+    assert len(coordinator.hellos) == 3
+
+
+async def test_a_duplicate_id_is_given_up_after_some_patience(coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "DUPLICATE_PATIENCE_S", 0.0)
+    refusal = fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_DUPLICATE_ID, message="two devices, one id", retry_after_s=0.01)
+    coordinator.refusals = [refusal] * 50
+    async with opened(coordinator.address, Ear()) as (_, running):
+        with pytest.raises(RefusedError, match=r"two devices, one id.*id file"):
+            await asyncio.wait_for(running, 20)
+
+
+async def test_a_coordinator_that_was_never_reached_ends_the_session_after_the_timeout(coordinator: FakeCoordinator) -> None:
+    await coordinator.stop()
+    async with opened(coordinator.address, Ear(), connect_timeout_s=0.5) as (_, running):
+        with pytest.raises(UnreachableError, match=r"within 0.5 s.*fleetune serve"):
+            await asyncio.wait_for(running, 20)
+
+
+async def test_leaving_is_told_and_ends_the_session(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear) as (session, running):
+        await ear.until("connected")
+        await session.leave("lunch")
+        await asyncio.wait_for(running, 20)
+    assert coordinator.leaving == ["lunch"]
+
+
+async def test_leaving_cuts_the_wait_for_another_try(coordinator: FakeCoordinator) -> None:
+    await coordinator.stop()
+    async with opened(coordinator.address, Ear()) as (session, running):
+        await asyncio.sleep(0)
+        await session.leave("lunch")
+        running.cancel()
+        await asyncio.wait([running])
+    assert coordinator.leaving == []
+
+
+async def test_the_mailbox_gives_the_urgent_first_and_keeps_only_the_latest_progress() -> None:
+    mailbox = Mailbox()
+    mailbox.put_log(fleet_pb2.TaskLog(task_id="t1"))
+    for done in range(5):
+        mailbox.put_progress(fleet_pb2.TaskProgress(task_id="t1", done=done))
+    mailbox.put_heartbeat(fleet_pb2.Heartbeat(sequence=1))
+    mailbox.put(fleet_pb2.SessionRequest(outcome=fleet_pb2.TaskOutcome(task_id="t0")))
+    taken = [await mailbox.next() for _ in range(4)]
+    assert [request.WhichOneof("body") for request in taken if request is not None] == ["outcome", "heartbeat", "progress", "log"]
+    assert taken[2] is not None
+    assert taken[2].progress.done == 4
+
+
+async def test_the_mailbox_drops_the_oldest_logs() -> None:
+    mailbox = Mailbox()
+    for number in range(sessions.LOG_MESSAGES_MAX + 1):
+        mailbox.put_log(fleet_pb2.TaskLog(task_id=str(number)))
+    first = await mailbox.next()
+    assert first is not None
+    assert first.log.task_id == "1"

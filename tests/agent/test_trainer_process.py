@@ -1,0 +1,81 @@
+"""The training child from the daemon's side: started once, ended when it only waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from fleetune.agent.trainer.process import Trainer
+from fleetune.child.process import ChildDied, ChildError
+
+
+@pytest_asyncio.fixture
+async def trainer() -> AsyncIterator[Trainer]:
+    made = Trainer({})
+    yield made
+    await made.stop()
+
+
+async def ping(trainer: Trainer) -> dict[str, object]:
+    return await trainer.request("ping", {}, lambda event: None, lambda text: None)
+
+
+async def until_ended(trainer: Trainer) -> None:
+    for _ in range(2000):
+        if trainer.pid is None:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the child still runs")
+
+
+async def test_requests_go_to_one_child_until_it_is_stopped(trainer: Trainer) -> None:
+    trainer.prepare(with_torch=False)
+    first, second = await ping(trainer), await ping(trainer)
+    assert first["pid"] == second["pid"] == trainer.pid
+    await trainer.stop()
+    assert (await ping(trainer))["pid"] != first["pid"]
+
+
+async def test_a_child_at_rest_ends_after_its_time_and_a_new_one_serves_on(trainer: Trainer) -> None:
+    before = await ping(trainer)
+    trainer.rest(0.0)
+    await until_ended(trainer)
+    assert (await ping(trainer))["pid"] != before["pid"]
+
+
+async def test_a_request_while_the_child_is_being_ended_gets_a_new_one(trainer: Trainer) -> None:
+    before = await ping(trainer)
+    trainer.rest(60.0)
+    trainer.relieve()
+    assert (await ping(trainer))["pid"] != before["pid"]
+
+
+async def test_a_task_that_follows_keeps_the_child_warm(trainer: Trainer) -> None:
+    before = await ping(trainer)
+    trainer.rest(0.0)
+    trainer.prepare(with_torch=False)
+    assert (await ping(trainer))["pid"] == before["pid"]
+
+
+async def test_relief_does_not_end_a_child_that_works(trainer: Trainer) -> None:
+    asking = asyncio.create_task(ping(trainer))
+    await asyncio.sleep(0)
+    trainer.relieve()
+    assert (await asking)["pid"] == trainer.pid
+
+
+async def test_an_unknown_request_is_the_child_s_error_and_the_child_lives(trainer: Trainer) -> None:
+    with pytest.raises(ChildError):
+        await trainer.request("dance", {}, lambda event: None, lambda text: None)
+    assert trainer.pid is not None
+
+
+async def test_a_module_that_is_none_is_a_death_with_its_words() -> None:
+    trainer = Trainer({}, module="fleetune.agent.nonsense")
+    with pytest.raises(ChildDied) as caught:
+        await ping(trainer)
+    assert "nonsense" in caught.value.death.stderr_tail
+    await trainer.stop()

@@ -1,0 +1,284 @@
+"""The command line: help, exit codes, JSON, and what each verb asks of a coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from fleetune.coordinator import exitcodes
+from fleetune.coordinator.cli import Verb, cli, main
+from fleetune.coordinator.exitcodes import ExitCode
+from fleetune.v1 import control_pb2 as pb
+from support import control_service, job_views
+from support.control_service import Fleet
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+VERBS = sorted(cli.commands)
+
+JOB = """\
+name = "intents"
+[model]
+base = "sentence-transformers/all-MiniLM-L6-v2"
+[task]
+kind = "text-classification"
+labels = ["on", "off"]
+[data]
+name = "intents"
+"""
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    view = job_views.in_training()
+    return Fleet(jobs={view.job_id: view}, adapter=control_service.adapter_files())
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    return path
+
+
+async def run(fleet: Fleet, *words: str) -> int:
+    """Runs a command line against a coordinator that serves `fleet`; the verb has a loop of its own, as in its own process."""
+    async with control_service.serving(fleet) as address:
+        return await asyncio.to_thread(main, ["--coordinator", address, *words])
+
+
+def test_every_expected_verb_is_there() -> None:
+    expected = {"serve", "submit", "validate", "watch", "jobs", "devices", "cancel", "pause", "resume", "export", "logs", "report"}
+    assert expected | {"completion", "demo", "version", "health"} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_has_examples_and_exit_codes(verb: str, capsys: Captured) -> None:
+    assert main([verb, "--help"]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert f"fleetune {verb}" in text.partition("Examples:")[2]
+    assert "Exit codes:" in text
+    assert "3 coordinator unreachable" in text or verb in {"serve", "validate", "completion", "demo", "version"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_that_answers_can_answer_in_json(verb: str) -> None:
+    command = cli.commands[verb]
+    assert isinstance(command, Verb)
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert "--json" in options or verb in {"serve", "completion"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_of_every_verb_parse(verb: str) -> None:
+    command = cli.commands[verb]
+    assert isinstance(command, Verb)
+    for example in command.examples:
+        # What stands after a pipe or a redirection belongs to the shell.
+        words = shlex.split(re.sub(r"[|>] .*", "", example.partition("fleetune ")[2]))
+        command.make_context(verb, words[1:], parent=click.Context(cli))
+
+
+def test_help_imports_neither_grpc_nor_rich() -> None:
+    script = """
+import sys
+from fleetune.coordinator.cli import main
+main(["--help"])
+print(sorted({"grpc", "rich", "pydantic", "numpy", "asyncio"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_the_table_of_exit_codes_in_the_docs_is_the_one_in_the_code() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \| ([^|]+?) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE))
+    assert rows == {str(code.value): meaning for code, meaning in exitcodes.MEANINGS.items()}
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys: Captured) -> None:
+    assert main(["frobnicate"]) == ExitCode.USAGE
+    assert "frobnicate" in capsys.readouterr().err
+
+
+def test_an_address_without_a_port_is_a_usage_error(capsys: Captured) -> None:
+    assert main(["jobs", "--coordinator", "localhost"]) == ExitCode.USAGE
+    assert "HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["jobs"], ["devices"], ["watch"], ["health"], ["report"], ["cancel", "last"], ["logs", "last"]])
+def test_an_unreachable_coordinator_is_exit_code_3(words: list[str], capsys: Captured) -> None:
+    address = control_service.dead_address()
+    assert main([*words, "--coordinator", address]) == ExitCode.UNREACHABLE
+    assert f"no coordinator answers at {address}" in capsys.readouterr().err
+
+
+def test_an_error_is_one_json_document_where_json_was_asked_for(capsys: Captured) -> None:
+    assert main(["jobs", "--json", "--coordinator", control_service.dead_address()]) == ExitCode.UNREACHABLE
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["exit_code"] == 3
+    assert printed.err == ""
+
+
+def test_a_valid_job_file_is_exit_code_0(job_file: Path, capsys: Captured) -> None:
+    assert main(["validate", str(job_file)]) == ExitCode.OK
+    assert "valid" in capsys.readouterr().out
+
+
+def test_an_invalid_job_file_gives_every_complaint_and_exit_code_2(job_file: Path, capsys: Captured) -> None:
+    job_file.write_text(JOB.replace('kind = "text-classification"', 'kind = "poetry"') + "[lora]\nrank = 0\nrnak = 3\n")
+    assert main(["validate", str(job_file), "--json"]) == ExitCode.USAGE
+    document = json.loads(capsys.readouterr().out)
+    assert not document["valid"]
+    assert {item["path"] for item in document["complaints"]} >= {"task.kind", "lora.rank", "lora.rnak"}
+    assert main(["validate", str(job_file)]) == ExitCode.USAGE
+    text = capsys.readouterr().err
+    assert all(path in text for path in ("task.kind", "lora.rank", "lora.rnak"))
+    assert "text-classification, causal-lm, seq2seq-lm" in text
+
+
+def test_a_job_file_that_is_no_toml_names_the_line(job_file: Path, capsys: Captured) -> None:
+    job_file.write_text('name = "x"\nrank = = 3\n')
+    assert main(["validate", str(job_file)]) == ExitCode.USAGE
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_missing_job_file_is_a_usage_error(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["submit", str(tmp_path / "none.toml")]) == ExitCode.USAGE
+    assert "none.toml" in capsys.readouterr().err
+
+
+def test_an_error_nobody_planned_for_is_exit_code_1_without_a_trace(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def broken(*_: object) -> str:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("fleetune.coordinator.cli._read_job", broken)
+    assert main(["validate", "job.toml"]) == ExitCode.INTERNAL
+    printed = capsys.readouterr().err
+    assert "ZeroDivisionError: oops" in printed
+    assert "Traceback" not in printed
+
+
+def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fleetune.coordinator.cli._read_job", interrupted)
+    assert main(["validate", "job.toml"]) == ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_for_the_shell(shell: str, capsys: Captured) -> None:
+    assert main(["completion", shell]) == ExitCode.OK
+    assert "_FLEETUNE_COMPLETE" in capsys.readouterr().out
+
+
+async def test_submit_prints_the_id_of_the_new_job(fleet: Fleet, job_file: Path, capsys: Captured) -> None:
+    assert await run(fleet, "submit", str(job_file)) == ExitCode.OK
+    assert "7f3a21c9" in capsys.readouterr().out
+    assert fleet.submitted[0].job_toml == JOB
+
+
+async def test_submit_replaces_settings_that_were_set(fleet: Fleet, job_file: Path) -> None:
+    assert await run(fleet, "submit", str(job_file), "--set", "rounds.count=3", "--set", "name=trial") == ExitCode.OK
+    assert "count = 3" in fleet.submitted[0].job_toml
+    assert 'name = "trial"' in fleet.submitted[0].job_toml
+
+
+async def test_complaints_of_the_coordinator_are_exit_code_2(fleet: Fleet, job_file: Path, capsys: Captured) -> None:
+    fleet.complaints = [pb.Complaint(path="model.base", value='"/nowhere"', allowed="an existing folder", remedy="Correct the path.")]
+    assert await run(fleet, "submit", str(job_file)) == ExitCode.USAGE
+    assert "/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (pb.JOB_STATE_COMPLETED, ExitCode.OK),
+        (pb.JOB_STATE_FAILED, ExitCode.JOB_FAILED),
+        (pb.JOB_STATE_CANCELLED, ExitCode.JOB_CANCELLED),
+    ],
+)
+@pytest.mark.parametrize("words", [["watch"], ["watch", "--json"], ["submit", "--wait", "JOB"], ["submit", "--wait", "--json", "JOB"]])
+async def test_the_exit_code_of_a_followed_job_says_how_it_ended(
+    state: Any, code: ExitCode, words: list[str], fleet: Fleet, job_file: Path, capsys: Captured
+) -> None:
+    fleet.watched = [job_views.in_training(), job_views.job(state, message="so it was", ended_after_s=9)]
+    assert await run(fleet, *(str(job_file) if word == "JOB" else word for word in words)) == code
+    printed = capsys.readouterr().out
+    if "--json" in words:
+        documents = [json.loads(line) for line in printed.splitlines()] if words[0] == "watch" else [json.loads(printed)]
+        assert documents[-1]["message"] == "so it was"
+    else:
+        assert "so it was" in printed
+
+
+async def test_an_unknown_job_is_exit_code_4(fleet: Fleet, capsys: Captured) -> None:
+    assert await run(fleet, "report", "nonesuch") == ExitCode.NOT_FOUND
+    assert "nonesuch" in capsys.readouterr().err
+
+
+async def test_a_refusal_is_exit_code_7(fleet: Fleet, capsys: Captured) -> None:
+    fleet.jobs["7f3a21c9"].state = pb.JOB_STATE_COMPLETED
+    assert await run(fleet, "pause", "last") == ExitCode.REFUSED
+    assert "has ended" in capsys.readouterr().err
+
+
+async def test_cancel_hands_the_reason_on(fleet: Fleet, capsys: Captured) -> None:
+    assert await run(fleet, "cancel", "last", "--reason", "wrong data", "--json") == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert (document["state"], document["message"]) == ("cancelled", "wrong data")
+
+
+async def test_jobs_and_devices_and_logs_are_tables(fleet: Fleet, capsys: Captured) -> None:
+    fleet.devices = [pb.DeviceView(name="kitchen-pi", online=True), pb.DeviceView(name="garage-orin", last_seen_unix_s=1.0)]
+    fleet.logs = [pb.LogLine(unix_s=1.0, device_name="kitchen-pi", round=2, text="loading 103 weights")]
+    assert await run(fleet, "jobs") == ExitCode.OK
+    assert await run(fleet, "devices") == ExitCode.OK
+    assert await run(fleet, "logs", "last") == ExitCode.OK
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("intents", "4/10", "kitchen-pi", "offline", "loading 103 weights"))
+
+
+async def test_logs_of_an_unknown_device_are_exit_code_4(fleet: Fleet) -> None:
+    assert await run(fleet, "logs", "last", "nobody") == ExitCode.NOT_FOUND
+
+
+async def test_lists_in_json_are_one_document_each(fleet: Fleet, capsys: Captured) -> None:
+    for verb in ("jobs", "devices"):
+        assert await run(fleet, verb, "--json") == ExitCode.OK
+        assert list(json.loads(capsys.readouterr().out)) == [verb]
+
+
+async def test_export_writes_the_folder_and_says_so(fleet: Fleet, tmp_path: Path, capsys: Captured) -> None:
+    target = tmp_path / "adapter"
+    assert await run(fleet, "export", "last", str(target), "--json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["folder"] == str(target)
+    assert (target / "adapter_model.safetensors").is_file()
+    assert await run(fleet, "export", "last", str(target)) == ExitCode.USAGE
+
+
+def test_export_of_best_and_a_round_at_once_is_a_usage_error() -> None:
+    assert main(["export", "last", "x", "--best", "--round", "3"]) == ExitCode.USAGE
+
+
+async def test_health_of_a_serving_coordinator_is_exit_code_0(fleet: Fleet, capsys: Captured) -> None:
+    assert await run(fleet, "health", "--json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["serving"] is True
+
+
+def test_wrong_settings_of_serve_are_exit_code_2(tmp_path: Path, capsys: Captured) -> None:
+    words = ["serve", "--state-dir", str(tmp_path), "--listen", "0.0.0.0:7433", "--heartbeat-s", "soon"]
+    assert main(words) == ExitCode.USAGE
+    printed = capsys.readouterr().err
+    assert "--insecure-listen" in printed
+    assert "heartbeat_s" in printed

@@ -1,0 +1,66 @@
+"""A real agent daemon as a process of its own, for tests that kill it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import psutil
+
+
+class AgentProcess:
+    """`fleetune-agent run` on a state folder; its log is kept in `log_file`."""
+
+    def __init__(self, state_dir: Path, address: str, *arguments: str) -> None:
+        self.state_dir = state_dir
+        self.log_file = state_dir.with_suffix(".log")
+        self._command = [
+            *(sys.executable, "-m", "fleetune.agent.cli", "run", "--coordinator", address),
+            *("--name", state_dir.name, "--state-dir", str(state_dir), "--log-level", "debug", *arguments),
+        ]
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self.log_file.open("ab") as log:
+            # Settings of the person who runs the tests have no business here.
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEETUNE_")}
+            environment["HOME"] = str(self.state_dir.parent)
+            self.process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log, env=environment)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def children(self) -> list[psutil.Process]:
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    async def end(self, number: signal.Signals) -> int:
+        """Send a signal; the exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return await asyncio.wait_for(self.process.wait(), 20)
+
+    async def ended(self) -> int:
+        """The exit status of an agent that ends by itself."""
+        assert self.process is not None
+        return await asyncio.wait_for(self.process.wait(), 20)
+
+
+@contextlib.asynccontextmanager
+async def agent(state_dir: Path, address: str, *arguments: str) -> AsyncGenerator[AgentProcess, None]:
+    """An agent that runs; killed at the end if it still does."""
+    running = AgentProcess(state_dir, address, *arguments)
+    await running.start()
+    try:
+        yield running
+    finally:
+        process = running.process
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
