@@ -16,20 +16,23 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import peft
 import torch
+from minilm import minilm_folder
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from fleetune.agent.trainer import loop
-from fleetune.coordinator.demo.material import find_base
 from fleetune.model import accelerator as accelerators
 from fleetune.model import batches, lora, recipe
 from fleetune.model.batches import Example, Examples
+from fleetune.model.rows import Row
 
 LABELS = tuple("abcdef")
 RATE = 1e-3
@@ -56,12 +59,11 @@ def main() -> int:
     threads = accelerators.set_threads(options.threads)
     accelerator = accelerators.pick(options.accelerator)
     what = torch.cuda.get_device_name() if accelerator.kind == "cuda" else f"{_cpu()}, {os.cpu_count()} CPUs, {threads} threads"
-    print(
-        f"machine: {what}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}"
+    print(f"machine: {what}, load {os.getloadavg()[0]:.1f}; {versions}")
     print(f"command: python {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as folder:
-        points = (Point("MiniLM", find_base(None), 32, 64), Point("tiny", _tiny_base(Path(folder), find_base(None)), 8, 16))
+        points = (Point("MiniLM", minilm_folder(), 32, 64), Point("tiny", _tiny_base(Path(folder), minilm_folder()), 8, 16))
         for point in points:
             _measure(point, options, accelerator)
     return 0
@@ -81,18 +83,21 @@ def _measure(point: Point, options: argparse.Namespace, accelerator: accelerator
     adapted = lora.load(point.base, found, accelerator, seed=1)
     examples = _examples(adapted, point)
     plain_model = _plain_model(point, adapted)
-    ours: list[float] = []
-    plain: list[float] = []
+    ours: list[_Cost] = []
+    plain: list[_Cost] = []
     for _ in range(options.repeats + 1):  # the first pair warms up
-        plain.append(_timed(lambda: _plain_loop(plain_model, adapted, examples.items, point, options.steps), accelerator))
-        ours.append(_timed(lambda: _our_loop(adapted, examples.items, point, options.steps), accelerator))
-    ratio = statistics.median(own / other for own, other in zip(ours[1:], plain[1:], strict=True))
-    spread = sorted(own / other for own, other in zip(ours[1:], plain[1:], strict=True))
-    print(
-        f"{point.name:8} batch {point.batch_rows} x {point.tokens} tokens: plain {1e3 * statistics.median(plain[1:]) / options.steps:8.2f} ms a step, "
-        f"ours {1e3 * statistics.median(ours[1:]) / options.steps:8.2f} ms, ratio {ratio:.3f} ({spread[0]:.3f} to {spread[-1]:.3f})",
-        flush=True,
-    )
+        plain.append(_cost(partial(_plain_loop, plain_model, adapted, examples.items, point, options.steps), accelerator))
+        ours.append(_cost(partial(_our_loop, adapted, examples.items, point, options.steps), accelerator))
+    print(f"{point.name}: batches of {point.batch_rows} rows of {point.tokens} tokens, {options.repeats} pairs of {options.steps} steps")
+    for kind in ("cpu_s", "wall_s"):
+        pairs = [(getattr(own, kind), getattr(other, kind)) for own, other in zip(ours[1:], plain[1:], strict=True)]
+        ratios = sorted(own / other for own, other in pairs)
+        own_ms, plain_ms = (1e3 * statistics.median(pair[side] for pair in pairs) / options.steps for side in (0, 1))
+        print(
+            f"  {kind:6} ours {own_ms:8.2f} ms a step, plain {plain_ms:8.2f} ms; "
+            f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+            flush=True,
+        )
 
 
 def _our_loop(adapted: lora.AdaptedModel, items: Sequence[Example], point: Point, steps: int) -> None:
@@ -134,6 +139,7 @@ def _plain_loop(model: torch.nn.Module, adapted: lora.AdaptedModel, items: Seque
 
 def _plain_model(point: Point, adapted: lora.AdaptedModel) -> torch.nn.Module:
     dtype = next(parameter.dtype for parameter in adapted.model.parameters() if not parameter.requires_grad)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     base = AutoModelForSequenceClassification.from_pretrained(point.base, num_labels=len(LABELS), local_files_only=True, dtype=dtype)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
     model: torch.nn.Module = peft.get_peft_model(base, config)
@@ -143,7 +149,7 @@ def _plain_model(point: Point, adapted: lora.AdaptedModel) -> torch.nn.Module:
 def _examples(adapted: lora.AdaptedModel, point: Point) -> Examples:
     """Rows of exactly the wished length, so that both loops pad alike."""
     text = "what is the colour of the lamp that stands beside the open door of the house at the sea " * 8
-    rows = [batches.Row(f"{word} {text}", None, index % len(LABELS)) for index, word in enumerate(text.split())]
+    rows = [Row(f"{word} {text}", None, index % len(LABELS)) for index, word in enumerate(text.split())]
     examples = batches.encode(rows, adapted.recipe, adapted.tokenizer)
     assert {len(item.ids) for item in examples.items} == {point.tokens}
     return examples
@@ -158,13 +164,20 @@ def _tiny_base(folder: Path, tokenizer_from: Path) -> Path:
     return folder
 
 
-def _timed(action: object, accelerator: accelerators.Accelerator) -> float:
-    assert callable(action)
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds of one measurement; CPU seconds are the steadier figure on a machine that others use."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def _cost(action: Callable[[], None], accelerator: accelerators.Accelerator) -> _Cost:
+    cpu, wall = time.process_time(), time.perf_counter()
     action()
     if accelerator.kind == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def _cpu() -> str:

@@ -19,10 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+from minilm import minilm_folder
 
 from fleetune.agent.methods.fedavg_lora import write_delta
 from fleetune.agent.trainer import loop, schedule
-from fleetune.coordinator.demo.material import find_base
 from fleetune.model import accelerator as accelerators
 from fleetune.model import adapter, batches, evaluation, lora, recipe, rows
 from fleetune.wire import codec
@@ -55,7 +55,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, seed: int) -> float:
     accelerators.set_threads(0)
-    adapted = lora.load(find_base(None), RECIPE, accelerators.pick("auto"), seed=seed)
+    adapted = lora.load(minilm_folder(), RECIPE, accelerators.pick("auto"), seed=seed)
     train = rows.read(options.data / "train.jsonl", None, RECIPE)
     test = batches.encode(rows.read(options.data / "test.jsonl", None, RECIPE), RECIPE, adapted.tokenizer)
     parts = split(np.array([row.label for row in train]), options.devices, options.alpha, np.random.default_rng(seed))

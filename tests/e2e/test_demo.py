@@ -68,6 +68,7 @@ def running(base: Path, folder: Path, *words: str) -> Iterator[subprocess.Popen[
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> str:
     """The demo's output as soon as it holds `pattern`."""
     deadline = time.monotonic() + WAIT_S
+    text = ""
     while time.monotonic() < deadline:
         text = folder.with_suffix(".out").read_text()
         if re.search(pattern, text):

@@ -15,8 +15,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from support import tiny_models
-from support.fleet import Agent, Fleet, metric, task_of, toml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fleetune.agent.methods import fedavg_lora as device_side
@@ -32,6 +30,8 @@ from fleetune.coordinator.rounds.host import encode
 from fleetune.coordinator.rounds.job import LiveJob, plan_of
 from fleetune.coordinator.rpc import convert
 from fleetune.v1 import control_pb2, messages_pb2
+from support import tiny_models
+from support.fleet import Agent, Fleet, metric, task_of, toml
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -111,6 +111,7 @@ def test_a_classification_job_learns_and_its_devices_measure_it(colours_job: con
     assert all(entry.updates_folded == 2 for entry in history)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers for it
 def test_the_devices_measure_the_adapter_that_a_person_gets(fleet: Fleet, colours_job: control_pb2.JobView, bert: Path, rows: Path) -> None:
     """PeftModel loads the folder as it is, head included, and gives the accuracy that the round was committed with."""
     folder = fleet.published(colours_job)

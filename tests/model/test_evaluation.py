@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fleetune.errors import NotFiniteError
-from fleetune.model import evaluation
+from fleetune.model import batches, evaluation
 from support.adapted import adapted, examples
 from support.jobs import recipe_message
 
@@ -82,12 +82,11 @@ def test_evaluation_halves_its_batch_where_memory_is_short(bert: Path, rows_file
     model = adapted(bert, recipe_message())
     items = examples(model, rows_file).items
     whole = evaluation.evaluate(model, items)
-    collate = evaluation.collate
 
     def scarce(some: list[object], pad_id: int, device: torch.device) -> object:
         if len(some) > 4:
             raise MemoryError
-        return collate(some, pad_id, device)  # type: ignore[arg-type]  # examples
+        return batches.collate(some, pad_id, device)  # type: ignore[arg-type]  # examples
 
     monkeypatch.setattr(evaluation, "collate", scarce)
     assert evaluation.evaluate(model, items).metrics == pytest.approx(dict(whole.metrics), abs=1e-5)

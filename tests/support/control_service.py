@@ -87,9 +87,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetJob(self, request: control_pb2.GetJobRequest, context: Context) -> control_pb2.GetJobResponse:
         return control_pb2.GetJobResponse(job=await self._find(request.job_id, context))
 
-    async def WatchJob(  # type: ignore[override]  # the stub allows both gRPC flavours; this is the aio one
-        self, request: control_pb2.WatchJobRequest, context: Context
-    ) -> AsyncIterator[control_pb2.WatchJobResponse]:
+    async def WatchJob(self, request: control_pb2.WatchJobRequest, context: Context) -> AsyncIterator[control_pb2.WatchJobResponse]:
         self.fleet.watches_open += 1
         try:
             await self._find(request.job_id, context)
@@ -150,9 +148,7 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
-    async def Download(  # type: ignore[override]  # as above
-        self, request: blob_pb2.DownloadRequest, context: Context
-    ) -> AsyncIterator[blob_pb2.DownloadResponse]:
+    async def Download(self, request: blob_pb2.DownloadRequest, context: Context) -> AsyncIterator[blob_pb2.DownloadResponse]:
         data = self.fleet.blobs.get(request.digest)
         if data is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {request.digest[:12]}")

@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from fleetune.wire import channel, codec
 
 CHUNK_BYTES = 64 << 10
 T = TypeVar("T")
+R = TypeVar("R")
 
 _SessionContext = grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
 _DownloadContext = grpc.aio.ServicerContext[blob_pb2.DownloadRequest, blob_pb2.DownloadResponse]
@@ -140,8 +141,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
             await context.write(response)
 
     async def _read(self, context: _SessionContext, line: asyncio.Queue[fleet_pb2.SessionResponse | None]) -> None:
-        # The type that the stubs give for read() leaves out the end of the stream.
-        while (request := await context.read()) is not grpc.aio.EOF:  # type: ignore[comparison-overlap]
+        while (request := await _read_or_end(context)) is not None:
             body = request.WhichOneof("body")
             if body == "heartbeat":
                 await self._note(self.heartbeats, request.heartbeat)
@@ -183,9 +183,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
             chunk = blob_pb2.Chunk(offset=offset, data=part, crc32=crc32)
             await context.write(blob_pb2.DownloadResponse(chunk=chunk, size_bytes=len(data) if offset == request.offset else 0))
 
-    async def UploadStatus(  # type: ignore[override]
-        self, request: blob_pb2.UploadStatusRequest, context: _StatusContext
-    ) -> blob_pb2.UploadStatusResponse:
+    async def UploadStatus(self, request: blob_pb2.UploadStatusRequest, context: _StatusContext) -> blob_pb2.UploadStatusResponse:
         await self._note(self.status_asked, request.task_id)
         update = self.updates.get(request.task_id)
         if update is None:
@@ -197,11 +195,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
             )
         return blob_pb2.UploadStatusResponse(offset=len(update.data))
 
-    async def Upload(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[blob_pb2.UploadRequest], context: _UploadContext
-    ) -> blob_pb2.UploadResponse:
-        request = await context.read()
-        assert isinstance(request, blob_pb2.UploadRequest)
+    async def Upload(self, request_iterator: AsyncIterator[blob_pb2.UploadRequest], context: _UploadContext) -> blob_pb2.UploadResponse:
+        request = await _read_or_end(context)
+        assert request is not None
         header = request.header
         if self.upload_abort is not None:
             await context.abort(*self.upload_abort)
@@ -211,7 +207,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
             return blob_pb2.UploadResponse(receipt=self._receipt(header, messages_pb2.RECEIPT_STATUS_DUPLICATE))
         assert header.offset <= len(update.data)
         limit = self.cut_uploads.pop(0) if self.cut_uploads else header.blob.size_bytes
-        while request is not grpc.aio.EOF:  # type: ignore[comparison-overlap]
+        while request is not None:
             if request.HasField("chunk"):
                 assert request.chunk.offset == len(update.data)
                 assert zlib.crc32(request.chunk.data) == request.chunk.crc32
@@ -219,7 +215,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
                     await self._stir()
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the test")
                 update.data += request.chunk.data
-            request = await context.read()
+            request = await _read_or_end(context)
         if hashlib.sha256(update.data).hexdigest() != header.blob.digest:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "another digest than declared")
         update.committed = True
@@ -236,6 +232,12 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
     async def _stir(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+async def _read_or_end(context: grpc.aio.ServicerContext[T, R]) -> T | None:
+    message = await context.read()
+    # The stubs leave out that read() also gives the end of the stream.
+    return None if cast("object", message) is grpc.aio.EOF else message
 
 
 def state_bytes(size_bytes: int) -> bytes:

@@ -401,6 +401,7 @@ class Fleet:
             )
         self._running[name] = Running(process, self._log(name))
 
+
 def words(view: JobView) -> str:
     """A job's state for a failure message."""
     failure = f" failure: {view.failure.message}\n{view.failure.traceback}" if view.HasField("failure") else ""

@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 
 from fleetune.agent.backoff import Backoff
-from fleetune.agent.waiting import happened
 from fleetune.errors import UnreachableError, WireError
+from fleetune.waiting import happened
 
 LOG = logging.getLogger(__name__)
 

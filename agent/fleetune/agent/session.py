@@ -15,9 +15,9 @@ import grpc.aio
 from fleetune.agent import convert
 from fleetune.agent.backoff import Backoff
 from fleetune.agent.domain import Receipt, Task, Welcome
-from fleetune.agent.waiting import happened, within
 from fleetune.errors import FleetuneError, UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
+from fleetune.waiting import happened, within
 
 if TYPE_CHECKING:
     from fleetune.v1.fleet_pb2_grpc import FleetServiceAsyncStub

@@ -393,7 +393,9 @@ def _totals(job: pb.JobView) -> RenderableType:
         name = job.metric or "loss"
         parts.append(f"best round {best.round}: {name.replace('_', ' ')} {metric_text(name, metric_of(best.metrics, name))}")
     if job.state in _ENDED and job.adapter_folder:
-        return Group(Text(" · ".join(parts), style="dim"), Text(f"adapter: {job.adapter_folder}", style="dim", overflow="fold"))
+        return Group(
+            Text(" · ".join(parts), style="dim"), Text(f"adapter on the coordinator: {job.adapter_folder}", style="dim", overflow="fold")
+        )
     return Text(" · ".join(parts), style="dim")
 
 

@@ -28,6 +28,8 @@ TRACEBACK_CHARS_KEPT = 8 * 1024
 ORPHAN_CHECK_S = 0.2
 
 _PR_SET_PDEATHSIG = 1
+# The last is all that oneDNN, which computes for torch on CPUs, says when an allocation of its own fails.
+_MEMORY_WORDS = ("not enough memory", "out of memory", "can't allocate memory", "could not create a primitive")
 _STAGE_WORDS = {"loading": "load", "training": "train", "evaluating": "evaluate", "measuring": "load", "writing": "train"}
 _KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.DataError, "data"),
@@ -115,7 +117,7 @@ def describe_error(error: BaseException, stage: str) -> dict[str, object]:
     if isinstance(error, errors.FleetuneError):
         message = str(error)
     elif kind == "out_of_memory":
-        message = str(error) or "An allocation failed for lack of memory."
+        message = f"An allocation failed for lack of memory ({error})." if str(error) else "An allocation failed for lack of memory."
     elif isinstance(error, ModuleNotFoundError):
         message = f"The package {error.name!r} is not installed here. Install the training extra: pip install 'fleetune[train]'."
     elif kind == "disk_full":
@@ -148,7 +150,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_WORDS)
 
 
 def _take_pipes() -> tuple[int, int]:

@@ -205,6 +205,7 @@ def test_a_job_fails_when_every_device_asked_cannot_take_part_any_more() -> None
 
 def test_a_single_device_that_keeps_crashing_fails_the_job() -> None:
     desk = Desk()
+    desk.prepare()
     ended: list[m.Command] = []
     for _ in range(m.DEVICE_FAILURES):
         assert desk.machine.status == "waiting"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -90,9 +91,9 @@ async def _run(material: Material, settings: DemoSettings, console: Console, *, 
         sys.stdout.write(json.dumps(_summary_json(material, ended), indent=2, ensure_ascii=False) + "\n")
     else:
         console.print(summary(material, ended))
-        if ended.adapter is not None:
+        if ended.job.state == pb.JOB_STATE_COMPLETED and ended.adapter is not None:
             # Soft wrap leaves it to the terminal to break lines, so that what is copied is what was written.
-            for line in ["", "load it:", "", *loading_lines(material), ""]:
+            for line in ["", " load it:", "", *loading_lines(material), ""]:
                 console.print(Text(line, style="cyan" if "=" in line or "import" in line else "dim"), soft_wrap=True)
     if ended.job.state == pb.JOB_STATE_COMPLETED:
         return ExitCode.OK
@@ -162,11 +163,11 @@ def _opening(material: Material, settings: DemoSettings) -> RenderableType:
     rows = sum(agent.rows for agent in material.agents)
     dealt = "evenly" if settings.split == "iid" else f"by Dirichlet({settings.alpha:g})"
     text = Text()
-    text.append("fleetune demo\n", style="bold")
-    text.append(f"{rows:,} rows of {len(material.labels)} classes, dealt {dealt}: ")
+    text.append(" fleetune demo\n", style="bold")
+    text.append(f" {rows:,} rows of {len(material.labels)} classes, dealt {dealt}: ")
     text.append(", ".join(f"{agent.name} {agent.rows}" for agent in material.agents) + "\n")
-    text.append(f"one coordinator and {count_text(len(material.agents), 'agent')} as processes of their own; files and logs in\n")
-    text.append(f"{material.folder}\n", style="cyan")
+    text.append(f" one coordinator and {count_text(len(material.agents), 'agent')} as processes of their own; files and logs in\n")
+    text.append(f" {material.folder}\n", style="cyan")
     return text
 
 
@@ -188,7 +189,7 @@ def summary(material: Material, ended: Ended) -> RenderableType:
     grid.add_row("time", f"{duration_text(ended.seconds)} in all, {duration_text(_round_s(job))} a round")
     grid.add_row("bytes", f"up {bytes_text(job.upload_bytes)}, down {bytes_text(job.download_bytes)}; no row left its agent")
     grid.add_row("adapter", f"{ended.adapter.folder}")
-    return Group(Text(), _devices(material, ended), Text(), grid)
+    return Padding(Group(Text(), _devices(material, ended), Text(), grid), (0, 0, 0, 1))
 
 
 def _devices(material: Material, ended: Ended) -> RenderableType:

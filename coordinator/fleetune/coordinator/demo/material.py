@@ -28,7 +28,7 @@ class DemoSettings:
     """The options of `fleetune demo`."""
 
     data: Path | None = None
-    rounds: int = 8
+    rounds: int = 16
     steps: int = 12
     agents: int = 3
     split: str = "iid"
@@ -269,7 +269,7 @@ max_length = 64
 [training]
 steps = {settings.steps}
 batch_size = 32
-learning_rate = 0.002
+learning_rate = 0.005
 
 [rounds]
 count = {settings.rounds}

@@ -57,7 +57,7 @@ class FedavgLora:
             round=facts.number,
             rounds=spec.rounds.count,
         )
-        return {device: task for device in facts.devices}
+        return dict.fromkeys(facts.devices, task)
 
     def fold(self, spec: JobSpec) -> ServerOptimizer | None:
         method = spec.method

@@ -95,10 +95,15 @@ class FoldResult:
     update_norm: float
 
 
+class NotFiniteUpdateError(WireError):
+    """An update holds NaN or Inf: the device's training diverged."""
+
+
 def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> UpdateFacts:
     """Facts of an update file whose every tensor must be one of `expected`, of its shape, in one wire dtype and finite.
 
-    WireError names the tensor, what was found and what was expected; NaN and Inf are WireErrors, so `finite` is true of what returns.
+    WireError names the tensor, what was found and what was expected; NaN and Inf are NotFiniteUpdateErrors, so `finite` is true of what
+    returns.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -118,7 +123,7 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
             square = _squares(values)
             if not math.isfinite(square):
                 # Squares of float32 sum up far below float64's limit: the slab itself holds NaN or Inf.
-                raise WireError(_first_not_finite(table, start, values), "The device's training diverged: lower its learning rate.")
+                raise NotFiniteUpdateError(_first_not_finite(table, start, values), "The device's training diverged: lower its learning rate.")
             squares += square
         return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True)
     finally:

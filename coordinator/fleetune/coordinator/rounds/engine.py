@@ -39,7 +39,7 @@ from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
-from fleetune.errors import DiskFullError, FleetuneError, ModelError, NotFiniteError, WireError
+from fleetune.errors import DiskFullError, FleetuneError, ModelError, WireError
 from fleetune.wire import codec
 
 log = logging.getLogger("fleetune.engine")
@@ -345,7 +345,7 @@ class Engine:
             return await self._refuse(job, task_id, Failure("internal", "upload", message))
         try:
             facts = await self._on_disk(aggregate.inspect, path, await self._table(job))
-        except NotFiniteError as error:
+        except aggregate.NotFiniteUpdateError as error:
             return await self._refuse(job, task_id, Failure("not_finite", "upload", str(error)))
         except WireError as error:
             return await self._refuse(job, task_id, Failure("model", "upload", str(error)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
@@ -20,8 +19,9 @@ from fleetune.coordinator.rpc.streams import next_message
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
+from fleetune.waiting import happened, within
 from fleetune.wire import digests
-from fleetune.wire.chunks import SpoolBusyError, read_chunk
+from fleetune.wire.chunks import CHUNK_BYTES, SpoolBusyError, read_chunk
 
 log = logging.getLogger("fleetune.blob")
 
@@ -52,8 +52,7 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
 
     async def idle(self, within_s: float) -> None:
         """Return when no upload is under way, or after `within_s`."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), within_s)
+        await happened(self._idle, within_s)
 
     def close(self) -> None:
         self._disk.shutdown(wait=True)
@@ -80,10 +79,10 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
                     await context.write(blob_pb2.DownloadResponse(size_bytes=size))
                 while ahead is not None:
                     chunk = await asyncio.shield(ahead)
-                    position += len(chunk.data)
+                    position = min(position + CHUNK_BYTES, size)  # not len(chunk.data), which copies it
                     ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
                     response = blob_pb2.DownloadResponse(chunk=chunk, size_bytes=size if first else 0)
-                    await asyncio.wait_for(context.write(response), IDLE_S)
+                    await within(IDLE_S, context.write(response))
                     first = False
             finally:
                 if ahead is not None:  # the descriptor must outlive the read

@@ -1,0 +1,118 @@
+"""A whole coordinator inside the test's process: the daemon's own wiring on a free port, its engine running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fleetune.coordinator import config, daemon
+from fleetune.coordinator.config import CoordinatorConfig
+from fleetune.coordinator.rounds.engine import Engine
+from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rpc.blob import BlobService
+from fleetune.coordinator.rpc.fleet import FleetService
+from fleetune.v1 import control_pb2_grpc
+from fleetune.wire import channel
+
+WAIT_S = 20.0
+"""Longest wait for anything a test expects; only a bug takes longer."""
+
+
+@dataclass
+class Coordinator:
+    """The running parts, and a channel for an operator."""
+
+    address: str
+    state_dir: Path
+    engine: Engine
+    fleet: FleetService
+    blob_service: BlobService
+    control: control_pb2_grpc.ControlServiceAsyncStub
+    writer: asyncio.Task[None]
+
+    def spooled(self) -> list[Path]:
+        return list((self.state_dir / "spool").iterdir())
+
+    def blobs(self) -> set[str]:
+        return set(self.engine.blobs.digests())
+
+    async def submit(self, toml: str, submit_id: str = "", *, evaluated: bool = False) -> LiveJob:
+        """`evaluated`: let devices measure each round, which a job file of method echo does not offer."""
+        job = await self.engine.submit(toml, submit_id or f"submit-{len(self.engine.jobs)}")
+        if evaluated:  # before the engine's loop has had a turn
+            job.machine.plan = replace(job.machine.plan, evaluation="devices", metric="loss")
+        return job
+
+    async def until(self, job: LiveJob, true: Callable[[LiveJob], bool]) -> None:
+        """Wait until `true(job)`; every change of a job wakes this."""
+
+        async def watch() -> None:
+            while not true(job):
+                await job.changed.wait()
+
+        try:
+            await asyncio.wait_for(watch(), WAIT_S)
+        except asyncio.TimeoutError:
+            state = job.machine
+            raise AssertionError(f"job stays {state.status} ({state.message!r}), {state.committed} rounds, {state.round}") from None
+
+    async def ended(self, job: LiveJob) -> LiveJob:
+        """Wait for the job's end and for everything that is done after it."""
+        await self.until(job, lambda job: job.ended)
+        await asyncio.wait_for(self.engine.settled(job), WAIT_S)
+        return job
+
+
+def settings(state_dir: Path, **changes: object) -> CoordinatorConfig:
+    """The defaults, on a free port, with a lease short enough for a test."""
+    made = config.load(None, {}, {"listen": "127.0.0.1:0", "state_dir": str(state_dir), "heartbeat_s": 0.5, "lease_s": 5.0})
+    return replace(made, **changes)  # type: ignore[arg-type]  # checked by the dataclass's own names
+
+
+@contextlib.asynccontextmanager
+async def coordinating(state_dir: Path, **changes: object) -> AsyncIterator[Coordinator]:
+    """Everything opened as the daemon does; what the engine's loop raises is raised here."""
+    made = settings(state_dir, **changes)
+    async with daemon.running(made) as (server, engine, fleet, blob_service, _, port):
+        address = f"127.0.0.1:{port}"
+        writer = asyncio.create_task(engine.run(), name="engine")
+        operator = channel.open_channel(address)
+        try:
+            yield Coordinator(address, state_dir, engine, fleet, blob_service, control_pb2_grpc.ControlServiceStub(operator), writer)
+        finally:
+            await operator.close()
+            fleet.hang_up()
+            await server.stop(grace=0)
+            writer.cancel()
+            result = (await asyncio.gather(writer, return_exceptions=True))[0]
+        if isinstance(result, Exception):
+            raise result
+
+
+def echo_job(
+    rounds: int = 2,
+    minimum: int = 1,
+    *,
+    name: str = "echo",
+    state_mib: float = 0.02,
+    extra: str = "",
+    rounds_extra: str = "",
+    devices_extra: str = "",
+) -> str:
+    """A job file of method echo."""
+    return f"""
+name = "{name}"
+{extra}
+[method]
+name = "echo"
+state_mib = {state_mib}
+[rounds]
+count = {rounds}
+{rounds_extra}
+[devices]
+minimum = {minimum}
+{devices_extra}
+"""
