@@ -26,7 +26,8 @@ from pathlib import Path
 import peft
 import torch
 from minilm import minilm_folder
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import logging as transformers_logging
 
 from fleetune.agent.trainer import loop
 from fleetune.model import accelerator as accelerators
@@ -52,6 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of one measurement")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of measurements")
+    parser.add_argument("--points", nargs="+", choices=["MiniLM", "tiny"], default=["MiniLM", "tiny"])
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 is all cores")
     parser.add_argument("--dtype", choices=recipe.DTYPES, default="float32")
     parser.add_argument("--accelerator", choices=accelerators.CHOICES, default="cpu")
@@ -65,7 +67,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         points = (Point("MiniLM", minilm_folder(), 32, 64), Point("tiny", _tiny_base(Path(folder), minilm_folder()), 8, 16))
         for point in points:
-            _measure(point, options, accelerator)
+            if point.name in options.points:
+                _measure(point, options, accelerator)
     return 0
 
 
@@ -157,8 +160,9 @@ def _examples(adapted: lora.AdaptedModel, point: Point) -> Examples:
 
 def _tiny_base(folder: Path, tokenizer_from: Path) -> Path:
     torch.manual_seed(1)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' logging is untyped
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=30522)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         (folder / name).write_bytes((tokenizer_from / name).read_bytes())
     return folder

@@ -230,6 +230,9 @@ def _command() -> str:
     if "--data" in words:
         # Where the data lie is this machine's own business.
         words[words.index("--data") + 1] = "FOLDER"
+    if "--write" in words:
+        place = words.index("--write")
+        del words[place : place + 2]
     return f"python {' '.join(words)}"
 
 

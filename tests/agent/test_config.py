@@ -29,10 +29,10 @@ def complaints_of(file: Path | None, environment: dict[str, str], overrides: dic
 
 
 def test_the_commented_example_holds_the_defaults() -> None:
-    example = config.load(EXAMPLE, {}, home=Path("/home/ada"), host_name="pi")
-    plain = config.load(None, {}, home=Path("/home/ada"), host_name="pi")
+    example = config.load(EXAMPLE, {}, home=Path("/srv/ada"), host_name="pi")
+    plain = config.load(None, {}, home=Path("/srv/ada"), host_name="pi")
     assert {**vars(example), "file": None} == vars(plain)
-    assert (plain.name, plain.state_dir) == ("pi", Path("/home/ada/.local/state/fleetune-agent"))
+    assert (plain.name, plain.state_dir) == ("pi", Path("/srv/ada/.local/state/fleetune-agent"))
 
 
 def test_what_the_example_comments_out_is_right_too(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_host_name_becomes_a_device_name(host: str, name: str) -> None:
 
 
 def test_state_lies_where_systemd_or_the_person_wants_it() -> None:
-    home = Path("/home/ada")
+    home = Path("/srv/ada")
     assert config.default_state_dir({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, home) == Path("/var/lib/a")
     assert config.default_state_dir({"XDG_STATE_HOME": "/state"}, home) == Path("/state/fleetune-agent")
     assert config.default_state_dir({"XDG_STATE_HOME": "relative"}, home) == home / ".local/state/fleetune-agent"

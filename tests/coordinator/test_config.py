@@ -13,10 +13,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "deploy/config/coordinator.toml"
 
 
 def test_the_commented_example_holds_the_defaults() -> None:
-    example = config.load(EXAMPLE, {}, home=Path("/home/ada"))
-    plain = config.load(None, {}, home=Path("/home/ada"))
+    example = config.load(EXAMPLE, {}, home=Path("/srv/ada"))
+    plain = config.load(None, {}, home=Path("/srv/ada"))
     assert {**vars(example), "file": None} == vars(plain)
-    assert plain.state_dir == Path("/home/ada/.local/state/fleetune")
+    assert plain.state_dir == Path("/srv/ada/.local/state/fleetune")
 
 
 def test_an_open_address_needs_the_owner_s_word() -> None:

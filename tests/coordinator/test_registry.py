@@ -8,7 +8,8 @@ import pytest
 
 from fleetune.coordinator.registry import REFUSAL_PAUSE_S, Greeting, Needs, Refused, Registry, Session, lacks, names_of
 
-PI = Greeting("id-pi", "pi", "run-1", frozenset({"kitchen", "arm"}), frozenset({"intents"}), frozenset({"echo", "fedavg_lora"}), address="10.0.0.7:1")
+METHODS = frozenset({"echo", "fedavg_lora"})
+PI = Greeting("id-pi", "pi", "run-1", frozenset({"kitchen", "arm"}), frozenset({"intents"}), METHODS, address="10.0.0.7:1")
 NEEDS = Needs("fedavg_lora", "intents", frozenset({"arm"}))
 
 

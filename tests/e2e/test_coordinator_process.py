@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -112,12 +113,13 @@ def test_a_watcher_does_not_keep_the_coordinator_from_stopping(tmp_path: Path) -
 
 def test_health_and_reflection_answer(tmp_path: Path) -> None:
     with serving(tmp_path / "state") as served, operator(served.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)  # Any: the stubs know the asyncio flavour only
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
         for service in ("", "fleetune.v1.FleetService", "fleetune.v1.BlobService", "fleetune.v1.ControlService"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=READY_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         request = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=READY_S)
+        (answer,) = reflection.ServerReflectionInfo(iter([request]), timeout=READY_S)
         names = {service.name for service in answer.list_services_response.service}
         assert {"fleetune.v1.FleetService", "fleetune.v1.BlobService", "fleetune.v1.ControlService", "grpc.health.v1.Health"} <= names
         assert served.stop() == 0
@@ -172,5 +174,6 @@ def test_a_killed_coordinator_lists_its_jobs_again(tmp_path: Path) -> None:
             again = control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=JOB, submit_id="killed-job"))
             assert again.job_id == first.job_id, "a submit that is sent twice makes one job"
             (job,) = control.ListJobs(control_pb2.ListJobsRequest()).jobs
-            assert (job.job_id, job.state) == (first.job_id, control_pb2.JOB_STATE_WAITING)
+            assert job.job_id == first.job_id
+            assert job.state in {control_pb2.JOB_STATE_QUEUED, control_pb2.JOB_STATE_PREPARING, control_pb2.JOB_STATE_WAITING}
         assert served.stop() == 0

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import tiny_models
-from support.fleet import ENDED, Agent, Fleet, JobView, task_of, toml
 
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.v1 import control_pb2, messages_pb2
+from support import tiny_models
+from support.fleet import ENDED, Agent, Fleet, JobView, task_of, toml
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -45,9 +45,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def echo_job(rounds: int, **tables: Mapping[str, object]) -> str:
+def echo_job(count: int, **tables: Mapping[str, object]) -> str:
     """Rounds of moments: what it takes to test a fleet's life, without any model."""
-    document: dict[str, dict[str, object]] = {"method": {"name": "echo", "state_mib": 0.1}, "rounds": {"count": rounds}}
+    document: dict[str, dict[str, object]] = {"method": {"name": "echo", "state_mib": 0.1}, "rounds": {"count": count}}
     for name, table in tables.items():
         document.setdefault(name, {}).update(table)
     return toml({"name": "link", **document})
@@ -69,7 +69,7 @@ def training_job(base: str | Path, **tables: Mapping[str, object]) -> str:
     return toml({"name": "tiny", "seed": 3, **document})
 
 
-def state_of(view: JobView, device: str) -> control_pb2.DeviceTaskState:
+def state_of(view: JobView, device: str) -> control_pb2.DeviceTaskState.ValueType:
     """How far a device's training in the open round is."""
     states = [task.state for task in view.current.tasks if task.device_name == device]
     return states[0] if states else control_pb2.DEVICE_TASK_STATE_UNSPECIFIED
@@ -274,7 +274,8 @@ def submitted(fleet: Fleet, text: str) -> tuple[int, str]:
 def test_a_job_that_cannot_work_fails_and_says_what_to_do(
     faulty: Fleet, bert: Path, change: dict[str, dict[str, object]], words: list[str]
 ) -> None:
-    text = training_job(bert, **{"devices": {"minimum": 1}, **change})
+    tables: dict[str, Mapping[str, object]] = {"devices": {"minimum": 1}, **change}
+    text = training_job(bert, **tables)
 
     code, said = submitted(faulty, text)
 

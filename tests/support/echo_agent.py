@@ -232,7 +232,8 @@ def echoed(state: bytes, constant: int, **changes: str) -> bytes:
     """The state plus a constant, as an update of whole values."""
     table = _table(state)
     header = codec.build_header(codec.pack((s.name, s.dtype, s.shape) for s in table.specs), {"fleetune.update": "state", **changes})
-    return header + (_values(state) + np.float32(constant)).astype("<f4").tobytes()
+    changed: np.ndarray[tuple[int], np.dtype[np.float32]] = (_values(state) + np.float32(constant)).astype("<f4")
+    return header + changed.tobytes()
 
 
 def _table(state: bytes) -> codec.TensorTable:

@@ -287,8 +287,9 @@ class Fleet:
                     view = answer.job
                     if wanted(view):
                         return view
-            except grpc.RpcError as error:
-                if _code(error) not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+            except grpc.RpcError:
+                # What is raised here is the call itself, which grpc's types do not tell.
+                if stream.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
             finally:
                 stream.cancel()
@@ -414,13 +415,11 @@ def metric(view: control_pb2.RoundView, name: str) -> float:
     return {item.name: item.value for item in view.metrics}[name]
 
 
-def task_of(view: control_pb2.RoundView, device: str, kind: messages_pb2.TaskKind = messages_pb2.TASK_KIND_TRAIN) -> control_pb2.DeviceTask:
+def task_of(
+    view: control_pb2.RoundView, device: str, kind: messages_pb2.TaskKind.ValueType = messages_pb2.TASK_KIND_TRAIN
+) -> control_pb2.DeviceTask:
     """A device's training or evaluation in a round."""
     return next(task for task in view.tasks if task.device_name == device and task.kind == kind)
-
-
-def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
-    return error.code() if isinstance(error, grpc.Call) else None
 
 
 def _command(process: psutil.Process) -> list[str]:

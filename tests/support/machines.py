@@ -6,7 +6,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from fleetune.coordinator.domain import Blob, Candidate, Evaluation, Failure, FailureKind, FoldOutcome, Metrics, Prepared, Update
+from fleetune.coordinator.domain import (
+    Blob,
+    Candidate,
+    Evaluation,
+    Failure,
+    FailureKind,
+    FoldOutcome,
+    JobStatus,
+    Metrics,
+    Phase,
+    Prepared,
+    Update,
+)
 from fleetune.coordinator.rounds import machine as m
 from fleetune.coordinator.rounds.machine import Command, Event, JobMachine, JobPlan
 
@@ -45,6 +57,13 @@ class Desk:
     def __init__(self, **changes: object) -> None:
         self.machine = JobMachine(replace(PLAN, **changes))  # type: ignore[arg-type]  # checked by the dataclass's own names
         self.now = 1000.0
+
+    def status(self) -> JobStatus:
+        return self.machine.status
+
+    def phase(self) -> Phase | None:
+        """Of the open round."""
+        return self.machine.round.phase if self.machine.round is not None else None
 
     def do(self, event: Event) -> list[Command]:
         return self.machine.handle(event, self.now)

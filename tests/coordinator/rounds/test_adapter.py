@@ -13,7 +13,7 @@ from fleetune.coordinator.domain import Blob, Prepared, RoundEntry, TaskEntry, U
 from fleetune.coordinator.rounds import adapter
 from fleetune.coordinator.store.blobs import BlobStore
 
-SECRET = "/home/somebody/models/minilm"
+SECRET = "/opt/hidden-place/minilm"
 
 TOML = f"""
 name = "intents"
@@ -45,7 +45,8 @@ def found(store: BlobStore) -> adapter.Adapter:
     digest = store.put_bytes(b"tensors")
     config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "minilm"})
     prepared = Prepared(Blob("0" * 64, 7), "t" * 64, "b" * 64, base_name="minilm", base_folder=SECRET, adapter_config=config)
-    entry = RoundEntry(7, "committed", 1.0, start_state=Blob("1" * 64, 7), state=Blob(digest, 7), metrics={"accuracy": 0.75}, evaluation_rows=40)
+    entry = RoundEntry(7, "committed", 1.0, start_state=Blob("1" * 64, 7), state=Blob(digest, 7))
+    entry.metrics, entry.evaluation_rows = {"accuracy": 0.75}, 40
     for name in ("b", "a"):
         update = Update(Blob(name * 64, 5), 3, {"loss": 0.5})
         entry.tasks[name] = TaskEntry(name, f"id-{name}", name, "train", 1, "done", update=update)
@@ -56,7 +57,7 @@ def found(store: BlobStore) -> adapter.Adapter:
 def test_the_folder_holds_the_four_files_and_the_state_is_the_blob_itself(tmp_path: Path, store: BlobStore, found: adapter.Adapter) -> None:
     folder = adapter.write(tmp_path / "jobs", store, found)
     assert folder == tmp_path / "jobs" / "intents-1234" / "rounds" / "0007"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert {path.name for path in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     assert found.entry.state is not None
     assert (folder / adapter.STATE_FILE).samefile(store.path(found.entry.state.digest))
     assert adapter.is_whole(tmp_path / "jobs", found)
@@ -64,13 +65,14 @@ def test_the_folder_holds_the_four_files_and_the_state_is_the_blob_itself(tmp_pa
 
 def test_nothing_tells_a_path_of_the_coordinators_machine(found: adapter.Adapter) -> None:
     for name, text in adapter.texts(found).items():
-        assert "/home" not in text, name
-        assert "somebody" not in text, name
+        assert "/opt" not in text, name
+        assert "hidden-place" not in text, name
 
 
 def test_the_manifest_names_who_contributed_what(found: adapter.Adapter) -> None:
     manifest = json.loads(adapter.manifest(found))
-    assert [(d["name"], d["weight"], d["bytes"], d["digest"]) for d in manifest["devices"]] == [("a", 3, 5, "a" * 64), ("b", 3, 5, "b" * 64)]
+    told = [(d["name"], d["weight"], d["bytes"], d["digest"]) for d in manifest["devices"]]
+    assert told == [("a", 3, 5, "a" * 64), ("b", 3, 5, "b" * 64)]
     assert manifest["state"]["digest"] == found.entry.state.digest  # type: ignore[union-attr]
     assert manifest["base"] == {"hub_id": "", "revision": "", "name": "minilm", "digest": "b" * 64}
     assert manifest["round"] == 7

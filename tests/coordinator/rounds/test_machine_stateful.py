@@ -50,12 +50,12 @@ class Jobs(RuleBasedStateMachine):
         if isinstance(event, m.UpdateArrived) and counts:
             assert event.task_id not in self.accepted, "an update counts once"
             self.accepted[event.task_id] = event.update.blob.digest
-        answers: list[object] = []
+        sent: list[str] = []
         for command in commands:
             if isinstance(command, m.SendTask):
                 assert command.lease > self.lease, "leases only grow"
                 self.lease = command.lease
-                answers.append(("task", command.task_id))
+                sent.append(command.task_id)
             elif isinstance(command, m.Fold):
                 assert command.contributions
                 assert len({c.device_id for c in command.contributions}) == len(command.contributions)
@@ -65,7 +65,7 @@ class Jobs(RuleBasedStateMachine):
                 self.committed = command.entry.number
             elif isinstance(command, m.EndJob):
                 assert command is commands[-1], "nothing comes after the end"
-        return multiple(*[text for _, text in answers])  # type: ignore[misc]
+        return multiple(*sent)
 
     @rule(target=tasks, asked=st.sets(names))
     def offer(self, asked: set[str]) -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
 from fleetune.coordinator.rounds import adapter
+from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.v1 import control_pb2, fleet_pb2, messages_pb2
 from support import tensors
 from support.coordinating import Coordinator, coordinating, echo_job
@@ -52,6 +56,18 @@ async def test_only_the_last_rounds_and_the_best_keep_their_folder_and_blob(tmp_
         assert state.samefile(folder / "final" / adapter.STATE_FILE), "one file, two names"
 
 
+async def its_turn(turns: dict[str, asyncio.Event], task: messages_pb2.Task) -> None:
+    await turns[task.task_id.split("/")[2].removeprefix("device-")].wait()
+
+
+def has_updates(count: int, job: LiveJob) -> bool:
+    return job.ended or (job.machine.round is not None and len(job.machine.round.trained()) >= count)
+
+
+def has_gone(job: LiveJob) -> bool:
+    return job.machine.round is not None and any(task.offline_since_unix_s for task in job.machine.round.tasks.values())
+
+
 async def test_every_order_of_arrival_gives_the_same_bytes(tmp_path: Path) -> None:
     found: set[bytes] = set()
     for index, order in enumerate(itertools.permutations("abc")):
@@ -59,12 +75,12 @@ async def test_every_order_of_arrival_gives_the_same_bytes(tmp_path: Path) -> No
             turns = {name: asyncio.Event() for name in order}
             agents = [EchoAgent(coordinator.address, name, samples=ord(name)) for name in "abc"]
             for agent in agents:
-                agent.gate = lambda _task, name=agent.hello.device_name: turns[name].wait()
+                agent.gate = functools.partial(its_turn, turns)
                 (await agent.connect()).serve()
             job = await coordinator.submit(echo_job(rounds=1, minimum=3))
             for count, name in enumerate(order, 1):
                 turns[name].set()
-                await coordinator.until(job, lambda job, n=count: job.ended or len(job.machine.round.trained()) >= n if job.machine.round else job.ended)
+                await coordinator.until(job, functools.partial(has_updates, count))
             await coordinator.ended(job)
             found.add(result(coordinator, job.job_id, 1))
             for agent in agents:
@@ -107,7 +123,7 @@ async def test_a_device_that_comes_back_within_its_grace_gets_its_task_again(tmp
         job = await coordinator.submit(echo_job(rounds=1))
         first = await a.next_task()
         await a.cut()
-        await coordinator.until(job, lambda job: bool(job.machine.round and next(iter(job.machine.round.tasks.values())).offline_since_unix_s))
+        await coordinator.until(job, has_gone)
         await a.connect()
         again = await a.next_task()
         assert again.task_id == first.task_id
@@ -186,7 +202,7 @@ async def test_acknowledged_updates_survive_a_restart_in_the_middle_of_a_round(t
     async with coordinating(tmp_path) as coordinator:
         (view,) = (await coordinator.control.ListJobs(control_pb2.ListJobsRequest())).jobs
         assert (view.state, view.rounds_committed) == (control_pb2.JOB_STATE_COMPLETED, 2)
-        assert Path(view.adapter_folder).is_dir()
+        assert await asyncio.to_thread(Path(view.adapter_folder).is_dir)
 
 
 async def test_a_folder_that_a_crash_has_cost_is_written_again(tmp_path: Path) -> None:
@@ -347,7 +363,8 @@ async def test_a_failure_is_told_with_the_device_and_its_trace(tmp_path: Path) -
     async with coordinating(tmp_path) as coordinator, EchoAgent(coordinator.address, "a") as a:
         job = await coordinator.submit(echo_job(rounds=1))
         task = await a.next_task()
-        failure = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_DATA, stage="load", message="row 3\x1b[31m has no label", traceback="Trace")
+        failure = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_DATA, stage="load", traceback="Trace")
+        failure.message = "row 3\x1b[31m has no label"
         await a.say(log=fleet_pb2.TaskLog(task_id=task.task_id, lines=["loading", "oh\x07 no"]))
         await a.say(outcome=fleet_pb2.TaskOutcome(task_id=task.task_id, lease=task.lease, failure=failure))
         assert (await a.next_receipt()).status == ACCEPTED
@@ -392,8 +409,6 @@ async def test_the_result_is_described_and_downloaded_as_it_lies_on_disk(tmp_pat
 
 @pytest.mark.parametrize("verb", ["CancelJob", "PauseJob", "ResumeJob"])
 async def test_an_ended_job_takes_no_more_orders(tmp_path: Path, verb: str) -> None:
-    import grpc
-
     async with coordinating(tmp_path) as coordinator:
         job = await coordinator.submit(echo_job(rounds=1))
         await coordinator.control.CancelJob(control_pb2.CancelJobRequest(job_id=job.job_id))

@@ -37,8 +37,9 @@ async def test_a_full_database_holds_everything_up_and_loses_nothing(tmp_path: P
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await coordinator.control.PauseJob(control_pb2.PauseJobRequest(job_id="last"), timeout=0.5)
         assert "full" in coordinator.engine.stalled
+        big = control_pb2.SubmitJobRequest(job_toml=echo_job() + "#" * 50_000, submit_id="no-room-for-it")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await coordinator.control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=echo_job() + "#" * 50_000, submit_id="no-room-for-it"))
+            await coordinator.control.SubmitJob(big)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert list(coordinator.engine.jobs) == [job.job_id]
         sending = asyncio.create_task(a.upload(task, data))
@@ -145,7 +146,11 @@ target = "target"
 
 
 async def test_a_task_that_does_not_move_is_given_up_although_its_device_lives(tmp_path: Path) -> None:
-    async with coordinating(tmp_path) as coordinator, EchoAgent(coordinator.address, "stuck") as stuck, EchoAgent(coordinator.address, "b") as b:
+    async with (
+        coordinating(tmp_path) as coordinator,
+        EchoAgent(coordinator.address, "stuck") as stuck,
+        EchoAgent(coordinator.address, "b") as b,
+    ):
         coordinator.engine._settings = replace(coordinator.engine._settings, stall_s=0.3)
         b.serve()
         job = await coordinator.submit(echo_job(rounds=1, minimum=2))
@@ -175,10 +180,9 @@ async def test_a_bug_in_the_engine_ends_the_daemon_with_code_1(
 
     async with EchoAgent(address, "a") as a:
         monkeypatch.setattr(JobMachine, "handle", broken)
-        with pytest.raises(grpc.aio.AioRpcError):
-            control = control_pb2_grpc.ControlServiceStub(a._channel)  # type: ignore[arg-type]
-            answer = await control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=echo_job(), submit_id="the-last-straw"))
-            await control.CancelJob(control_pb2.CancelJobRequest(job_id=answer.job_id))
+        control = control_pb2_grpc.ControlServiceStub(a._channel)  # type: ignore[arg-type]
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the answer may still come before the end
+            await control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=echo_job(), submit_id="the-last-straw"))
         assert await asyncio.wait_for(serving, WAIT_S) == 1
     (record,) = [r for r in caplog.records if r.levelname == "CRITICAL"]
     assert "nothing that was acknowledged is lost" in record.getMessage()

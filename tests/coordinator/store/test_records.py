@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import AsyncIterator
@@ -48,8 +49,8 @@ async def test_a_job_in_the_middle_of_a_round_comes_back_as_it_was(database: Dat
 
 
 async def test_jobs_come_oldest_first(database: Database) -> None:
-    for job_id, at in (("b", 2.0), ("a", 3.0), ("c", 1.0)):
-        await database.write(lambda tx, row=job(job_id, at): records.add_job(tx, row))
+    for row in (job("b", 2.0), job("a", 3.0), job("c", 1.0)):
+        await database.write(functools.partial(records.add_job, row=row))
     assert [row.job_id for row in await database.read(records.load_jobs)] == ["c", "b", "a"]
 
 
@@ -58,7 +59,7 @@ async def test_a_committed_round_is_written_once(database: Database) -> None:
     entry = RoundEntry(1, "committed", 1.0, state=blob("s"), metrics={"loss": math.nan, "accuracy": 0.5})
     entry.tasks["t"] = TaskEntry("t", "id-1", "pi", "train", 1, "done", update=Update(blob("u"), 3), evaluation=Evaluation({}, 0))
     for number in (1, 2, 1):
-        await database.write(lambda tx, n=number: records.save_round(tx, "job", replace(entry, number=n)))
+        await database.write(functools.partial(records.save_round, job_id="job", entry=replace(entry, number=number)))
     first, second = await database.read(lambda c: records.load_rounds(c, "job"))
     assert (first.number, second.number) == (1, 2)
     assert first.tasks == entry.tasks
@@ -109,7 +110,7 @@ async def test_a_device_keeps_its_counters_over_a_reconnect(database: Database) 
 async def test_log_lines_are_bounded_per_job(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "LOG_LINES_PER_JOB", 3)
     for word in "abcde":
-        await database.write(lambda tx, w=word: records.add_logs(tx, [records.LogRow(1.0, "job", 1, "pi", w)]))
+        await database.write(functools.partial(records.add_logs, rows=[records.LogRow(1.0, "job", 1, "pi", word)]))
     await database.write(lambda tx: records.add_logs(tx, []))
     assert [row.text for row in await database.read(lambda c: records.load_logs(c, "job", ""))] == ["c", "d", "e"]
     assert await database.read(lambda c: records.load_logs(c, "job", "other")) == []

@@ -123,7 +123,8 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
             square = _squares(values)
             if not math.isfinite(square):
                 # Squares of float32 sum up far below float64's limit: the slab itself holds NaN or Inf.
-                raise NotFiniteUpdateError(_first_not_finite(table, start, values), "The device's training diverged: lower its learning rate.")
+                where = _first_not_finite(table, start, values)
+                raise NotFiniteUpdateError(where, "The device's training diverged: lower its learning rate.")
             squares += square
         return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True)
     finally:
