@@ -89,9 +89,16 @@ class Fleet:
 
     async def _address(self, file: Path) -> str:
         deadline_s = time.monotonic() + READY_S
-        while not file.exists():
+        while not (address := _text(file)):
             self.check()
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"the coordinator was not ready within {READY_S:g} s")
             await asyncio.sleep(LOOK_S)
+        return address
+
+
+def _text(file: Path) -> str:
+    try:
         return file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return ""

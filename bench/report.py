@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from floors import Floor
     from rounds import Point
 
 MIB = 1 << 20
@@ -86,16 +87,20 @@ def busy(point: Point) -> bool:
 def text(point: Point) -> str:
     """A point in a few lines."""
     product = point.product
+    head = f"{point.agents} agents, {point.mib} MiB, {point.rounds} rounds"
+    if busy(point):
+        head += "  (net floor over twice the usual: BUSY MACHINE)"
     lines = [
-        f"{point.agents} agents, {point.mib} MiB, {point.rounds} rounds" + ("  (net floor over twice the usual: BUSY MACHINE)" if busy(point) else ""),
+        head,
         f"  round    {_seconds(product.seconds)}, {product.mib_per_s:.0f} MiB/s, "
         f"{product.median_s / point.durable.median_s:.2f} x durable, {product.median_s / point.net.median_s:.2f} x net",
-        f"  durable  {_seconds(point.durable.seconds)}, {point.durable.cpu_s_per_round:.3f} CPU s, {point.durable.peak_rss_bytes / MIB:.0f} MiB",
-        f"  net      {_seconds(point.net.seconds)}, {point.net.cpu_s_per_round:.3f} CPU s, {point.net.peak_rss_bytes / MIB:.0f} MiB",
-        f"  coordinator  {product.coordinator_cpu_s_per_round:.3f} CPU s a round, RssAnon peak {product.coordinator_anon_peak_bytes / MIB:.0f} MiB, "
-        f"RSS idle {product.coordinator_idle_bytes / MIB:.0f}, peak {product.coordinator_peak_bytes / MIB:.0f} MiB",
-        f"  agent        RSS idle {product.agent_idle_bytes / MIB:.0f}, peak {product.agent_peak_bytes / MIB:.0f} MiB; "
-        f"its child {product.child_peak_bytes / MIB:.0f} MiB",
+        f"  durable  {_floor(point.durable)}",
+        f"  net      {_floor(point.net)}",
+        f"  coordinator  {product.coordinator_cpu_s_per_round:.3f} CPU s a round, "
+        f"RssAnon peak {_mib(product.coordinator_anon_peak_bytes)} MiB, "
+        f"RSS idle {_mib(product.coordinator_idle_bytes)}, peak {_mib(product.coordinator_peak_bytes)} MiB",
+        f"  agent        RSS idle {_mib(product.agent_idle_bytes)}, peak {_mib(product.agent_peak_bytes)} MiB; "
+        f"its child {_mib(product.child_peak_bytes)} MiB",
         f"  loopback     {product.loopback_bytes_per_round / MIB:.1f} MiB a round; start to first round {product.start_s:.2f} s; "
         f"result {'exact' if product.exact else 'WRONG'}",
         *(f"  {verdict}" for verdict in verdicts(point)),
@@ -114,25 +119,21 @@ def write(points: Sequence[Point], command: str, page: Path) -> None:
 def table(points: Sequence[Point], command: str) -> str:
     """Markdown: the machine, a line for each point, the verdicts."""
     lines = [
+        "## Rounds: the real daemons beside bare gRPC",
+        "",
+        "Real coordinator and agents as processes, method `echo`: every device fetches a state of S MiB, adds a constant to every element and",
+        "sends all of it back; every element of the result is checked. The *net* floor is bare grpc.aio on uvloop moving as many bytes, the",
+        "*durable* floor hashes, writes and fsyncs each update as well before it acknowledges it (bench/floors.py).",
+        "",
         f"Measured on {datetime.date.today().isoformat()} with `{command}` on {machine()}.",
         "",
         "Seconds of a round are the median (minimum to maximum); MiB/s counts both directions. Memory of the coordinator is its peak",
         "RssAnon / RSS, of the agents the peak RSS of the daemon without its child (idle / moving). Floors are medians of the same run.",
         "",
-        "| N, S MiB | round, s | durable floor, s | ratio | net floor, s | MiB/s | coordinator CPU s | coordinator MiB | agent MiB | child MiB "
-        "| loopback MiB | start, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|" + " --- |" * len(_COLUMNS),
     ]
-    for point in points:
-        product = point.product
-        lines.append(
-            f"| {point.agents}, {point.mib} | {product.median_s:.3f} ({min(product.seconds):.3f} to {max(product.seconds):.3f}) "
-            f"| {point.durable.median_s:.3f} | {product.median_s / point.durable.median_s:.2f} "
-            f"| {point.net.median_s:.3f}{' (busy)' if busy(point) else ''} | {product.mib_per_s:.0f} | {product.coordinator_cpu_s_per_round:.3f} "
-            f"| {product.coordinator_anon_peak_bytes / MIB:.0f} / {product.coordinator_peak_bytes / MIB:.0f} "
-            f"| {product.agent_idle_bytes / MIB:.0f} / {product.agent_peak_bytes / MIB:.0f} | {product.child_peak_bytes / MIB:.0f} "
-            f"| {product.loopback_bytes_per_round / MIB:.0f} | {product.start_s:.1f} |"
-        )
+    lines += ["| " + " | ".join(_cells(point)) + " |" for point in points]
     lines += ["", "| N, S MiB | target | measured | allowed | |", "| --- | --- | --- | --- | --- |"]
     for point in points:
         lines += [
@@ -152,6 +153,40 @@ def table(points: Sequence[Point], command: str) -> str:
         if (known := PEERS.get((point.agents, point.mib))) is not None:
             lines.append(f"| {point.agents}, {point.mib} | {known[0]} | {known[1]} | {point.product.median_s:.2f} |")
     return "\n".join(lines)
+
+
+_COLUMNS = (
+    "N, S MiB",
+    "round, s",
+    "durable floor, s",
+    "ratio",
+    "net floor, s",
+    "MiB/s",
+    "coordinator CPU s",
+    "coordinator MiB",
+    "agent MiB",
+    "child MiB",
+    "loopback MiB",
+    "start, s",
+)
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    product = point.product
+    return (
+        f"{point.agents}, {point.mib}",
+        f"{product.median_s:.3f} ({min(product.seconds):.3f} to {max(product.seconds):.3f})",
+        f"{point.durable.median_s:.3f}",
+        f"{product.median_s / point.durable.median_s:.2f}",
+        f"{point.net.median_s:.3f}{' (busy)' if busy(point) else ''}",
+        f"{product.mib_per_s:.0f}",
+        f"{product.coordinator_cpu_s_per_round:.3f}",
+        f"{_mib(product.coordinator_anon_peak_bytes)} / {_mib(product.coordinator_peak_bytes)}",
+        f"{_mib(product.agent_idle_bytes)} / {_mib(product.agent_peak_bytes)}",
+        _mib(product.child_peak_bytes),
+        _mib(product.loopback_bytes_per_round),
+        f"{product.start_s:.1f}",
+    )
 
 
 def _same_memory(points: Sequence[Point]) -> list[str]:
@@ -179,6 +214,14 @@ def machine() -> str:
         f"{model}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}, grpcio {importlib.metadata.version('grpcio')}"
     )
+
+
+def _floor(floor: Floor) -> str:
+    return f"{_seconds(floor.seconds)}, {floor.cpu_s_per_round:.3f} CPU s, {_mib(floor.peak_rss_bytes)} MiB"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:.0f}"
 
 
 def _seconds(seconds: Sequence[float]) -> str:

@@ -164,8 +164,9 @@ async def _joined(fleet: Fleet, client: Client, agents: int) -> None:
 async def _ended(fleet: Fleet, client: Client, job_id: str) -> control_pb2.JobView:
     """Watches as a person would."""
     last = control_pb2.JobView()
-    async for last in client.watch(job_id):
+    async for view in client.watch(job_id):
         fleet.check()
+        last = view
     return last
 
 

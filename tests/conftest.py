@@ -190,7 +190,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     # A failed test's traceback keeps its objects alive, and its own message is the one to read.
     if item.stash.get(_passed, False):
         if isinstance(item, pytest.Function):
-            # pytest keeps the values of fixtures that are torn down; grpc.aio keeps its descriptors for as long as any of its objects lives.
+            # pytest keeps the values of fixtures that are torn down; grpc.aio keeps its descriptors while any of its objects lives.
             item.funcargs.clear()
         leaked = leaked_since(item.stash[_before].and_also(_shared[0]))
         if leaked != NOTHING:

@@ -54,13 +54,13 @@ async def test_echo_tasks_come_back_with_their_constant_and_the_outbox_is_empty_
         # The state was fetched once, and all three were done by one child.
         assert len(coordinator.downloads) == 1
         assert len(running.children()) == 1
+        # A result whose receipt is still on its way would rightly be kept for the next start.
+        await running.logged("receipt task=t3")
         assert await running.end(signal.SIGTERM) == 0
     for number in (1, 2, 3):
         assert set(values(bytes(coordinator.updates[f"t{number}"].data))) == {np.float32(number)}
     assert outbox_rows(tmp_path / "one") == []
     assert list((tmp_path / "one" / "outbox").glob("*.safetensors")) == []
-    stages = {progress.stage for progress in coordinator.progress}
-    assert fleet_pb2.TASK_STAGE_TRAINING in stages
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -135,6 +135,9 @@ async def test_a_damaged_update_is_reported_as_a_failure_after_the_restart(coord
         os.truncate(file, 1000)
         await running.start()
         await coordinator.until(lambda: bool(coordinator.outcomes))
+        # Two heartbeats later the receipt has long been read.
+        beats = len(coordinator.heartbeats)
+        await coordinator.until(lambda: len(coordinator.heartbeats) >= beats + 2)
         await running.end(signal.SIGTERM)
     failure = coordinator.outcomes[0].failure
     assert failure.kind == messages_pb2.FAILURE_KIND_TRANSFER

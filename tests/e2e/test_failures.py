@@ -178,17 +178,18 @@ def test_a_training_process_without_memory_is_reported_as_that_and_replaced(slow
     assert "Traceback" in failure.traceback
 
 
-def test_an_agent_killed_in_its_training_takes_the_training_with_it(slow: Fleet, bert: Path) -> None:
-    job = slow.submit(training_job(bert, rounds={"count": 1}))
-    child = under_way(slow, job)
-    slow.kill9("slow")
+def test_an_agent_killed_in_its_training_takes_the_training_with_it(tmp_path: Path, rows: Path, bert: Path) -> None:
+    agents = {"quick": Agent({"colours": f"{rows}/good.jsonl"}), "slow": Agent({"colours": f"{rows}/many.jsonl"})}
+    with Fleet(tmp_path, agents, coordinator=BRISK) as fleet:
+        job = fleet.submit(training_job(bert, rounds={"count": 1}))
+        child = under_way(fleet, job)
+        fleet.kill9("slow")
 
-    psutil.wait_procs([child], timeout=10)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    view = slow.wait(job)
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        view = fleet.wait(job)
+
     assert (view.state, view.history[0].updates_folded) == (control_pb2.JOB_STATE_COMPLETED, 1)
-
-    slow.start("slow")
 
 
 def test_ctrl_c_in_the_middle_of_a_training_ends_everything_without_a_trace(tmp_path: Path, rows: Path, bert: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_causal_language_model_learns(fleet: Fleet, llama: Path) -> None:
         language_job(llama, "causal-lm", ["q_proj", "v_proj"], rounds={"count": 4}, training={"steps": 6, "learning_rate": 0.05})
     )
 
-    assert view.history[-1].train_loss < 0.7 * view.history[0].train_loss
+    assert view.history[-1].train_loss < 0.9 * view.history[0].train_loss
     assert metric(view.history[-1], "loss") < metric(view.history[0], "loss")
 
 

@@ -36,6 +36,12 @@ class AgentProcess:
     def log(self) -> str:
         return self.log_file.read_text()
 
+    async def logged(self, text: str, within_s: float = 20.0) -> None:
+        """Return once `text` stands in the log: what an agent did after its last message is seen nowhere else."""
+        async with asyncio.timeout(within_s) if sys.version_info >= (3, 11) else contextlib.nullcontext():
+            while text not in self.log:
+                await asyncio.sleep(0.02)
+
     def children(self) -> list[psutil.Process]:
         assert self.process is not None
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fleetune.errors import DiskFullError, WireError
 from fleetune.v1 import blob_pb2
-from fleetune.wire import chunks
+from fleetune.wire import chunks, frames
 from fleetune.wire.chunks import Spool, SpoolBusyError, chunk_bytes_at, read_chunk
 
 BLOB = bytes(range(256)) * 4
@@ -98,11 +98,11 @@ def test_an_incomplete_blob_cannot_be_finished(tmp_path: Path) -> None:
 
 
 def test_an_empty_chunk_and_one_past_the_limit_are_refused(tmp_path: Path) -> None:
-    blob = bytes(chunks.CHUNK_BYTES + 1)
+    blob = bytes(chunks.CHUNK_BYTES + chunks.TAIL_BYTES + 1)
     spool = spool_of(tmp_path / "spool", blob)
     with pytest.raises(WireError, match="A chunk of 0 bytes"):
         spool.add(chunk_of(blob, 0, 0))
-    with pytest.raises(WireError, match="A chunk of 1048577 bytes"):
+    with pytest.raises(WireError, match="A chunk of 1114113 bytes"):
         spool.add(chunk_of(blob, 0, len(blob)))
     spool.discard()
 
@@ -206,12 +206,22 @@ def test_many_megabytes_arrive_whole(tmp_path: Path) -> None:
     assert (tmp_path / "spool").read_bytes() == blob
 
 
+def test_the_last_chunk_takes_a_short_rest_with_it(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(BLOB)
+    fd = os.open(tmp_path / "source", os.O_RDONLY)
+    try:
+        assert len(read_chunk(fd, 0, 1024, 1000).data) == 1024
+        assert len(read_chunk(fd, 0, 1024, 900).data) == 900
+    finally:
+        os.close(fd)
+
+
 def test_a_chunk_ends_where_it_is_told_to(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(BLOB)
     fd = os.open(tmp_path / "source", os.O_RDONLY)
     try:
-        assert read_chunk(fd, 1000, 1024, 100) == chunk_of(BLOB, 1000, 1024)
-        assert read_chunk(fd, 0, 1024, 100) == chunk_of(BLOB, 0, 100)
+        assert read_chunk(fd, 1000, 1024, 100) == frames.chunk_of(1000, BLOB[1000:])
+        assert read_chunk(fd, 0, 1024, 100) == frames.chunk_of(0, BLOB[:100])
         with pytest.raises(WireError, match="No chunk lies between"):
             read_chunk(fd, 1024, 1024)
         with pytest.raises(WireError, match="ends at byte 1024; byte 2000 was promised"):

@@ -38,6 +38,9 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+REST_S = 0.5
+"""Without work after a task, until the child begins to cool down."""
+
 
 class Daemon:
     """One agent. Only its `_dispatch` changes the work state, always on the event loop."""
@@ -258,7 +261,10 @@ class Daemon:
             resting.add_done_callback(self._rested)
 
     async def _rest(self, task: Task) -> None:
-        """Let the child cool down; after the result is on its way, since reading the memory opens a few files."""
+        """Let the child cool down, unless the next task follows at once: reading the memory opens a few files."""
+        await asyncio.sleep(REST_S)
+        if self._running is not None:
+            return
         found = await asyncio.to_thread(memory)
         if self._running is None:
             self._trainer.rest(self._keep_warm_s(found.total_bytes, found.available_bytes, task.keep_warm_s))
@@ -322,10 +328,11 @@ class Daemon:
         throttles: dict[str, Throttle] = {}
 
         def hear(update: Update, sent: int, total: int) -> None:
-            if sent >= total:
-                throttles.pop(update.task_id, None)
-                return
             throttle = throttles.get(update.task_id)
+            if sent >= total:
+                if throttle is not None:
+                    throttles.pop(update.task_id).close()
+                return
             if throttle is None:
 
                 def send(stage: str, done: int, total: int, loss: float | None) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -16,14 +15,14 @@ import grpc.aio
 from fleetune.agent.bulk import Retry
 from fleetune.agent.domain import Blob
 from fleetune.errors import WireError
-from fleetune.v1 import blob_pb2, blob_pb2_grpc
-from fleetune.wire import chunks
-
-if TYPE_CHECKING:
-    from fleetune.v1.blob_pb2_grpc import BlobServiceAsyncStub
+from fleetune.v1 import blob_pb2
+from fleetune.wire import chunks, frames
 
 OnBytes = Callable[[int, int], None]
 """Hears (bytes held, bytes in all) after each chunk."""
+
+CHUNKS_WAITING = 2
+"""Chunks that wait for the thread that writes; then the coordinator waits, by flow control."""
 
 RESERVE_BYTES = 64 << 20
 """Must stay free on the disk beside a download: the update, the outbox and the system need room as well."""
@@ -33,7 +32,7 @@ class Downlink:
     """Fetches blobs over the bulk channel. One thread writes, so that chunks and the closing of a file keep their order."""
 
     def __init__(self, channel: grpc.aio.Channel, reserve_bytes: int = RESERVE_BYTES) -> None:
-        self._stub: BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)
+        self._download = frames.download(channel)
         self._reserve_bytes = reserve_bytes
         self._files = ThreadPoolExecutor(1, thread_name_prefix="downlink")
         self._wake = asyncio.Event()
@@ -57,7 +56,7 @@ class Downlink:
             opened: list[chunks.Spool] = []
 
             def open_spool() -> chunks.Spool:
-                opened.append(chunks.Spool(partial, blob.digest, blob.size_bytes, reserve_bytes=self._reserve_bytes))
+                opened.append(chunks.Spool(partial, blob.digest, blob.size_bytes, reserve_bytes=self._reserve_bytes, writeback=durable))
                 return opened[0]
 
             def close_spool() -> None:
@@ -78,25 +77,33 @@ class Downlink:
         if spool.complete:
             return
         loop = asyncio.get_running_loop()
-        call = self._stub.Download(blob_pb2.DownloadRequest(digest=blob.digest, offset=spool.position))
+        call = self._download(blob_pb2.DownloadRequest(digest=blob.digest, offset=spool.position))
         writing: asyncio.Future[None] | None = None
+        arrived: list[frames.Chunk] = []
         try:
             response = await call.read()
-            while isinstance(response, blob_pb2.DownloadResponse):
+            while isinstance(response, frames.Download):
                 if response.size_bytes and response.size_bytes != blob.size_bytes:
                     raise WireError(
                         f"Blob {blob.digest[:12]} was declared with {blob.size_bytes} bytes, the coordinator has {response.size_bytes}."
                     )
-                if writing is not None:
+                if response.chunk is not None:
+                    arrived.append(response.chunk)
+                if writing is not None and (writing.done() or len(arrived) >= CHUNKS_WAITING):
                     await writing
+                    writing = None
                     retry.progressed(spool.position)
                     if on_bytes is not None:
                         on_bytes(spool.position, blob.size_bytes)
-                # The next chunk is read while this one is written.
-                writing = loop.run_in_executor(self._files, spool.add, response.chunk)
+                if arrived and writing is None:
+                    # The next chunks are read while these are written.
+                    writing, arrived = loop.run_in_executor(self._files, spool.add_all, arrived), []
                 response = await call.read()
             if writing is not None:
                 await writing
+                writing = None
+            if arrived:
+                await loop.run_in_executor(self._files, spool.add_all, arrived)
             if spool.position < blob.size_bytes:
                 raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {spool.position} of {blob.size_bytes}.")
             if on_bytes is not None:

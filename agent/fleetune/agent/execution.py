@@ -33,18 +33,28 @@ OnProgress = Callable[[str, int, int, "float | None"], None]
 
 
 class Throttle:
-    """Lets a change of stage through at once, and the rest at most every PROGRESS_S."""
+    """Sends the latest progress of one task every PROGRESS_S: a task that is over sooner says nothing on the way, only how it ended."""
 
     def __init__(self, send: OnProgress) -> None:
         self._send = send
-        self._stage = ""
-        self._next_s = 0.0
+        self._latest: tuple[str, int, int, float | None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __call__(self, stage: str, done: int, total: int, loss: float | None = None) -> None:
-        now_s = time.monotonic()
-        if stage != self._stage or now_s >= self._next_s or (total and done >= total):
-            self._stage, self._next_s = stage, now_s + PROGRESS_S
-            self._send(stage, done, total, loss)
+        self._latest = (stage, done, total, loss)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(PROGRESS_S, self._tell)
+
+    def close(self) -> None:
+        """Say nothing more; the task has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tell(self) -> None:
+        self._timer = None
+        if self._latest is not None:
+            self._send(*self._latest)
 
 
 class LogRelay:
@@ -110,7 +120,7 @@ class Execution:
 
     async def run(self, task: Task, on_progress: OnProgress, on_lines: Callable[[list[str]], None]) -> Result:
         """The task's result; a Failed says what went wrong. Raises only CancelledError, and then nothing of the task goes on."""
-        relay = LogRelay(on_lines)
+        relay, progress = LogRelay(on_lines), Throttle(on_progress)
         stage = "fetch"
         out_path = self.out_path(task.task_id, task.lease) if task.kind is TaskKind.TRAIN else None
         done = False
@@ -119,15 +129,15 @@ class Execution:
             self.trainer.prepare(with_torch=task.base is not None)
             with self.cache.holding(_digests(task)):
                 started_s = time.monotonic()
-                base_folder, state_path = await self._inputs(task, Throttle(on_progress))
+                base_folder, state_path = await self._inputs(task, progress)
                 fetched_s = time.monotonic()
-                LOG.info("inputs ready task=%s seconds=%.3f", task.task_id, fetched_s - started_s)
+                LOG.debug("inputs ready task=%s seconds=%.3f", task.task_id, fetched_s - started_s)
                 stage = "evaluate" if task.kind is TaskKind.EVALUATE else "train"
                 fields = self._fields(task, base_folder, state_path, out_path, data)
                 answer = await self.trainer.request(
-                    "evaluate" if task.kind is TaskKind.EVALUATE else "train", fields, _events(Throttle(on_progress), relay), relay.add
+                    "evaluate" if task.kind is TaskKind.EVALUATE else "train", fields, _events(progress, relay), relay.add
                 )
-                LOG.info("computed task=%s seconds=%.3f", task.task_id, time.monotonic() - fetched_s)
+                LOG.debug("computed task=%s seconds=%.3f", task.task_id, time.monotonic() - fetched_s)
             result = _result(task, answer, out_path)
             done = True
             return result
@@ -136,6 +146,7 @@ class Execution:
             LOG.error("task failed task=%s kind=%s stage=%s message=%r", task.task_id, failed.kind.value, failed.stage, failed.message)
             return failed
         finally:
+            progress.close()
             relay.close()
             if out_path is not None and not done:
                 # Half an update, under its own name or the one that the child wrote it aside with.

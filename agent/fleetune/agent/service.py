@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 import signal
 
+from fleetune import allocator
 from fleetune.agent import identity
 from fleetune.agent.config import AgentConfig, missing_files
 from fleetune.agent.daemon import Daemon
 
 LOG = logging.getLogger(__name__)
+
+KEPT_MEMORY_BYTES = 8 << 20
+"""Freed memory that stays for the next chunks; the rest goes back to the system."""
 
 
 def run(config: AgentConfig, version: str, connect_timeout_s: float | None) -> None:
@@ -22,7 +24,7 @@ def run(config: AgentConfig, version: str, connect_timeout_s: float | None) -> N
     for complaint in missing_files(config):
         # Only a warning: a disk may be mounted later.
         LOG.warning("%s", complaint.sentence())
-    _quieten_allocator()
+    allocator.tune_for_chunks(KEPT_MEMORY_BYTES)
     with identity.lock(config.state_dir):
         device_id = identity.device_id(config.state_dir)
         LOG.info(
@@ -33,7 +35,13 @@ def run(config: AgentConfig, version: str, connect_timeout_s: float | None) -> N
             config.coordinator,
             config.state_dir,
         )
-        asyncio.run(_run(Daemon(config, device_id, version, connect_timeout_s)))
+        daemon = Daemon(config, device_id, version, connect_timeout_s)
+        try:
+            import uvloop
+        except ImportError:  # no wheel for this platform: asyncio's own loop takes more of the processor, and is no different otherwise
+            asyncio.run(_run(daemon))
+        else:
+            uvloop.run(_run(daemon))
 
 
 async def _run(daemon: Daemon) -> None:
@@ -42,12 +50,3 @@ async def _run(daemon: Daemon) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await daemon.run(stop)
-
-
-def _quieten_allocator() -> None:
-    """Chunks of 1 MiB come and go on several threads: fewer arenas and an early trim keep glibc from holding on to them."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_arena_max = -1, -8
-        libc.mallopt(m_arena_max, 2)
-        libc.mallopt(m_trim_threshold, 4 * 1024 * 1024)

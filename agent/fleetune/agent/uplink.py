@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from fleetune.agent.bulk import CALL_DEADLINE_S, Retry, TransferError
 from fleetune.agent.domain import FailureKind, Receipt, Update
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
-from fleetune.wire import chunks
+from fleetune.wire import chunks, frames
 
 if TYPE_CHECKING:
     from fleetune.v1.blob_pb2_grpc import BlobServiceAsyncStub
@@ -38,6 +37,7 @@ class Uplink:
 
     def __init__(self, channel: grpc.aio.Channel, device_id: str, on_receipt: OnReceipt, on_failure: OnFailure, on_bytes: OnBytes) -> None:
         self._stub: BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)
+        self._upload = frames.upload(channel)
         self._device_id = device_id
         self._on_receipt = on_receipt
         self._on_failure = on_failure
@@ -127,8 +127,8 @@ class Uplink:
         size_bytes = update.blob.size_bytes
         reader = _Reader(path, size_bytes, self.chunk_bytes)
         header = convert.upload_header(update, self._device_id, offset)
-        reading: asyncio.Future[blob_pb2.UploadRequest] | None = loop.run_in_executor(self._files, reader.first, header)
-        call = self._stub.Upload()
+        reading: asyncio.Future[bytes] | None = loop.run_in_executor(self._files, reader.first, header)
+        call = self._upload()
         try:
             while reading is not None:
                 request = await reading
@@ -147,8 +147,9 @@ class Uplink:
         finally:
             call.cancel()
             if reading is not None:
-                with contextlib.suppress(Exception):
-                    await reading
+                # Its error, if any, is second to the one that ends this stream.
+                reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            # In the one thread of the reads, hence after the last of them; without a wait, in which a cancellation could skip it.
             self._files.submit(reader.close)
         if not response.HasField("receipt"):
             raise WireError(f"The coordinator ended the upload of task {update.task_id} without a receipt.")
@@ -156,7 +157,7 @@ class Uplink:
 
 
 class _Reader:
-    """An update file as upload requests. Lives in the one thread that reads; `position` is where the next request starts."""
+    """An update file as encoded upload requests. Lives in the one thread that reads; `position` is where the next request starts."""
 
     def __init__(self, path: Path, size_bytes: int, chunk_bytes: int) -> None:
         self._path = path
@@ -165,20 +166,19 @@ class _Reader:
         self._fd = -1
         self.position = 0
 
-    def first(self, header: blob_pb2.UploadHeader) -> blob_pb2.UploadRequest:
+    def first(self, header: blob_pb2.UploadHeader) -> bytes:
         """The header, and the bytes from its offset on where any are missing."""
         self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self.position = header.offset
-        if self.position == self._size_bytes:
-            return blob_pb2.UploadRequest(header=header)
-        request = self.following()
-        request.header.CopyFrom(header)
-        return request
+        return frames.encode_upload(frames.Upload(header, None if self.position == self._size_bytes else self._chunk()))
 
-    def following(self) -> blob_pb2.UploadRequest:
+    def following(self) -> bytes:
+        return frames.encode_upload(frames.Upload(None, self._chunk()))
+
+    def _chunk(self) -> frames.Chunk:
         chunk = chunks.read_chunk(self._fd, self.position, self._size_bytes, self._chunk_bytes)
-        self.position = min(self.position + self._chunk_bytes, self._size_bytes)
-        return blob_pb2.UploadRequest(chunk=chunk)
+        self.position += len(chunk.data)
+        return chunk
 
     def close(self) -> None:
         if self._fd >= 0:

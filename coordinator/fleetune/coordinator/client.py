@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 import uuid
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -23,8 +22,9 @@ import grpc.aio
 from fleetune.complaints import Complaint, ComplaintsError
 from fleetune.coordinator.faults import CoordinatorFaultError, FolderInUseError, MachineError, NotFoundError, RefusedError
 from fleetune.errors import DiskFullError, FleetuneError, UnreachableError, WireError
-from fleetune.v1 import blob_pb2, blob_pb2_grpc, control_pb2, control_pb2_grpc
+from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc
 from fleetune.wire import channel as wire_channel
+from fleetune.wire import checksums, frames
 
 UNARY_DEADLINE_S = 10.0
 """Every unary call of the API is answered from memory or SQLite: longer means that nobody answers."""
@@ -256,17 +256,16 @@ class Client:
                 "Try again; if it stays, the coordinator's blob is damaged.",
             )
 
-    async def _chunks(self, item: control_pb2.AdapterFile, offset: int) -> AsyncIterator[bytes]:
+    async def _chunks(self, item: control_pb2.AdapterFile, offset: int) -> AsyncIterator[bytes | memoryview]:
         if self._blob_channel is None:
             self._blob_channel = wire_channel.open_channel(self.address)
-        stub = blob_pb2_grpc.BlobServiceStub(self._blob_channel)
-        call = stub.Download(blob_pb2.DownloadRequest(digest=item.blob.digest, offset=offset))
+        call = frames.download(self._blob_channel)(blob_pb2.DownloadRequest(digest=item.blob.digest, offset=offset))
         try:
             async for reply in call:
-                chunk = reply.chunk
+                chunk = reply.chunk or frames.chunk_of(offset, b"")
                 if chunk.offset != offset or offset + len(chunk.data) > item.blob.size_bytes:
                     raise WireError(f"{item.name}: a chunk at offset {chunk.offset} came where {offset} of {item.blob.size_bytes} was due.")
-                if zlib.crc32(chunk.data) != chunk.crc32:
+                if checksums.crc32(chunk.data) != chunk.crc32:
                     raise WireError(f"{item.name}: the chunk at offset {offset} has a wrong checksum.", "Try again.")
                 offset += len(chunk.data)
                 yield chunk.data

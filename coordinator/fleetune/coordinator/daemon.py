@@ -18,7 +18,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fleetune import logs
+from fleetune import allocator, logs
 from fleetune.coordinator.config import CoordinatorConfig
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.registry import Registry, names_of
@@ -31,13 +31,16 @@ from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
 from fleetune.errors import ConfigError
-from fleetune.v1 import blob_pb2, blob_pb2_grpc, control_pb2, control_pb2_grpc, fleet_pb2, fleet_pb2_grpc
-from fleetune.wire import channel
+from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from fleetune.wire import channel, frames
 
 log = logging.getLogger("fleetune.coordinator")
 
 SPOOL_KEPT_S = 7 * 24 * 3600.0
 """An interrupted upload that nobody has taken up for so long is given up."""
+
+KEPT_MEMORY_BYTES = 32 << 20
+"""Freed memory that stays for the next chunks; the rest goes back to the system."""
 
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -48,7 +51,7 @@ _SERVICES = tuple(
 def main(config: CoordinatorConfig) -> int:
     """Run until SIGTERM or SIGINT; the process's exit code. Raises FleetuneError for what a person must mend."""
     logs.configure(config.log_level, config.log_format)
-    _quieten_allocator()
+    allocator.tune_for_chunks(KEPT_MEMORY_BYTES)
     check_listen(config)
     with _locked(config.state_dir):
         try:
@@ -127,7 +130,7 @@ async def running(
             )
             server = grpc.aio.server(options=channel.server_options())
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
-            blob_pb2_grpc.add_BlobServiceServicer_to_server(blob_service, server)
+            frames.add_to_server(blob_service, server)
             control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(engine, fleet, registry, database, _version()), server)
             health_service = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -190,15 +193,3 @@ def _write_address(state_dir: Path, address: str) -> None:
 
 def _version() -> str:
     return importlib.metadata.version("fleetune")
-
-
-def _quieten_allocator() -> None:
-    """Chunks of 1 MiB come and go on several threads: fewer arenas and an early trim keep glibc from holding on to them."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6", use_errno=True)
-        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-        libc.mallopt(m_arena_max, 2)
-        libc.mallopt(m_mmap_threshold, 256 * 1024)
-        libc.mallopt(m_trim_threshold, 1024 * 1024)

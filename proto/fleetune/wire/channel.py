@@ -14,6 +14,9 @@ PROTOCOL_MINOR = 0
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """A chunk is at most 1 MiB and a control message far less: whatever is larger is a mistake or an attack."""
 
+WINDOW_BYTES = 4 * 1024 * 1024
+"""What a stream may have on its way: 40 MB/s at 100 ms, and the most that one stream takes of a busy receiver's memory."""
+
 METADATA_BYTES_MAX = 8 * 1024
 
 KEEPALIVE_S = 10.0
@@ -34,6 +37,8 @@ def server_options() -> list[Option]:
         *_common_options(),
         # Half of the agents' keep-alive, since pings may fire early; anything faster is told GOAWAY.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
+        # Pings bunch up on a busy machine; a GOAWAY for that would cut every stream of a sound peer.
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", 100),
         # Two coordinators on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
@@ -84,4 +89,7 @@ def _common_options() -> Sequence[Option]:
         ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        # Left to itself gRPC widens a stream's window to tens of MiB, all of it memory of a receiver that is slower than its peer.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ]

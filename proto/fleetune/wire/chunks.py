@@ -8,14 +8,17 @@ import fcntl
 import hashlib
 import os
 import sys
-import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from fleetune.errors import DiskFullError, WireError
-from fleetune.v1 import blob_pb2
-from fleetune.wire import digests
+from fleetune.wire import checksums, digests, frames
 
 CHUNK_BYTES = 1 << 20
+# A blob's last chunk may be longer by this, so that a few bytes beyond a whole number of chunks, such as a tensor file's header, are no
+# message of their own.
+TAIL_BYTES = 64 << 10
 MIN_CHUNK_BYTES = 16 << 10
 # A chunk should be on its way no longer than this at the assigned rate, so that pacing and cancelling stay prompt.
 CHUNK_S = 0.5
@@ -35,9 +38,26 @@ def chunk_bytes_at(rate_bytes_per_s: float) -> int:
     return int(min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, rate_bytes_per_s * CHUNK_S)))
 
 
-def read_chunk(fd: int, offset: int, end: int, chunk_bytes: int = CHUNK_BYTES) -> blob_pb2.Chunk:
-    """The chunk at `offset` of an open file, at most `chunk_bytes` long and never past `end`. WireError where the file is shorter."""
-    wanted = min(chunk_bytes, end - offset)
+class ReceivedChunk(Protocol):
+    """A chunk as it arrived: a blob_pb2.Chunk, or the cheaper one of `frames`."""
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def data(self) -> bytes | memoryview: ...
+
+    @property
+    def crc32(self) -> int: ...
+
+
+def read_chunk(fd: int, offset: int, end: int, chunk_bytes: int = CHUNK_BYTES, crc32: int | None = None) -> frames.Chunk:
+    """The chunk at `offset` of an open file: `chunk_bytes` long, or what is left before `end` if that is hardly more.
+
+    `crc32` spares computing the checksum of bytes that were read before. WireError where the file is shorter.
+    """
+    left = end - offset
+    wanted = left if left <= chunk_bytes + min(TAIL_BYTES, chunk_bytes // 16) else chunk_bytes
     if offset < 0 or wanted <= 0:
         raise WireError(f"No chunk lies between byte {offset} and byte {end}.")
     data = os.pread(fd, wanted, offset)
@@ -46,7 +66,7 @@ def read_chunk(fd: int, offset: int, end: int, chunk_bytes: int = CHUNK_BYTES) -
         if not more:
             raise WireError(f"A blob ends at byte {offset + len(data)}; byte {end} was promised.", "It was cut on disk: fetch it again.")
         data += more
-    return blob_pb2.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+    return frames.chunk_of(offset, data, crc32)
 
 
 def start_writeback(fd: int, begin: int, end: int) -> None:
@@ -63,8 +83,17 @@ class Spool:
     context manager it closes.
     """
 
-    def __init__(self, path: Path, digest: str, size_bytes: int, *, limit_bytes: int | None = None, reserve_bytes: int = 0) -> None:
-        """Open or resume; reads what is there once.
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        size_bytes: int,
+        *,
+        limit_bytes: int | None = None,
+        reserve_bytes: int = 0,
+        writeback: bool = True,
+    ) -> None:
+        """Open or resume; reads what is there once. Without `writeback` the kernel may leave the bytes in memory as long as it likes.
 
         `limit_bytes` is the largest blob allowed here, `reserve_bytes` what must stay free on the disk beside it.
         WireError for an absurd size or digest, DiskFullError where the rest of the blob cannot fit, SpoolBusyError for a second writer.
@@ -78,6 +107,7 @@ class Spool:
         self._hash = hashlib.sha256()
         self._position = 0
         self._queued = 0
+        self._writeback = writeback
         self._fd = _open_alone(path, digest)
         try:
             self._resume()
@@ -101,16 +131,17 @@ class Spool:
     def complete(self) -> bool:
         return self._position == self.size_bytes
 
-    def add(self, chunk: blob_pb2.Chunk) -> None:
+    def add(self, chunk: ReceivedChunk) -> None:
         """Take the next chunk. What was received before is compared and dropped; nothing changes when this raises.
 
         WireError for a bad checksum, a gap, other bytes than before, or bytes past the end; DiskFullError.
         """
-        offset, data = chunk.offset, chunk.data  # each access to `data` copies it
+        offset, data = chunk.offset, chunk.data  # protobuf copies `data` at each access
         end = offset + len(data)
-        if not 0 < len(data) <= CHUNK_BYTES:
-            raise WireError(f"A chunk of {len(data)} bytes came for blob {self.digest[:12]}; 1 to {CHUNK_BYTES} are allowed.")
-        if zlib.crc32(data) != chunk.crc32:
+        if not 0 < len(data) <= CHUNK_BYTES + TAIL_BYTES:
+            allowed = CHUNK_BYTES + TAIL_BYTES
+            raise WireError(f"A chunk of {len(data)} bytes came for blob {self.digest[:12]}; 1 to {allowed} are allowed.")
+        if checksums.crc32(data) != chunk.crc32:
             raise WireError(f"The chunk at byte {offset} of blob {self.digest[:12]} has a wrong checksum.", "Send it again.")
         if end > self.size_bytes:
             raise WireError(f"A chunk of blob {self.digest[:12]} reaches byte {end}; the blob was declared with {self.size_bytes}.")
@@ -121,6 +152,11 @@ class Spool:
             raise WireError(f"The chunk at byte {offset} of blob {self.digest[:12]} differs from what was received before.")
         if end > self._position:
             self._append(memoryview(data)[known:])
+
+    def add_all(self, arrived: Iterable[ReceivedChunk]) -> None:
+        """Take several chunks in one turn of a thread; what came before one that is refused stays."""
+        for chunk in arrived:
+            self.add(chunk)
 
     def finish(self, fsync: bool = True, move_to: Path | None = None) -> None:
         """Verify size and digest, make the bytes durable if asked, rename to `move_to` if given, and close.
@@ -183,7 +219,7 @@ class Spool:
             raise
         self._hash.update(fresh)
         self._position += written
-        if self._position - self._queued >= WRITEBACK_BYTES:
+        if self._writeback and self._position - self._queued >= WRITEBACK_BYTES:
             start_writeback(self._fd, self._queued, self._position)
             self._queued = self._position
 

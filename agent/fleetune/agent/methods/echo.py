@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
+from fleetune.agent.trainer.pace import Pace
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError, UnsupportedError
 from fleetune.methods.v1 import echo_pb2
@@ -50,7 +51,9 @@ def train(work: Work, emit: Emit) -> Trained:
     _check_digest(table, work.task.trainables_digest)
     specs = codec.pack((spec.name, spec.dtype, spec.shape) for spec in table.specs)
     header = codec.build_header(specs, {"fleetune.update": "state"})
-    emit("progress", stage="training", done=0, total=1)
+    pace = Pace(emit, "training")
+    total_bytes = sum(spec.size_bytes for spec in specs)
+    done_bytes = 0
     running = hashlib.sha256(header)
     aside = work.out_path.with_name(f".{work.out_path.name}.part")
     slab: _Bytes = np.empty(SLAB_BYTES, np.uint8)
@@ -67,6 +70,9 @@ def train(work: Work, emit: Emit) -> Trained:
                     view = part.data
                     running.update(view)
                     _write(out.fileno(), view)
+                    done_bytes += len(view)
+                    if done_bytes < total_bytes:  # the result itself says that it is done
+                        pace.at(done_bytes, total_bytes)
         os.replace(aside, work.out_path)
     finally:
         os.close(source)
@@ -74,8 +80,7 @@ def train(work: Work, emit: Emit) -> Trained:
     report = messages_pb2.UpdateReport(samples=1, peak_rss_bytes=peak_rss_bytes())
     report.payload.Pack(echo_pb2.EchoReport(constant=task.constant))
     report.seconds.add(name="train", value=time.monotonic() - started)
-    emit("progress", stage="training", done=1, total=1)
-    return Trained(report, running.hexdigest(), len(header) + sum(spec.size_bytes for spec in specs))
+    return Trained(report, running.hexdigest(), len(header) + total_bytes)
 
 
 def evaluate(work: Work, emit: Emit) -> messages_pb2.Evaluation:

@@ -120,9 +120,10 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
             count = min(elements, total - start)
             values = wide[:count]
             slabs.widen(slabs.read(fd, raw[: count * width], table.data_start + start * width), dtype, values)
-            square = _squares(values)
+            square = _squares(values, out=values)
             if not math.isfinite(square):
                 # Squares of float32 sum up far below float64's limit: the slab itself holds NaN or Inf.
+                slabs.widen(raw[: count * width], dtype, values)
                 where = _first_not_finite(table, start, values)
                 raise NotFiniteUpdateError(where, "The device's training diverged: lower its learning rate.")
             squares += square
@@ -356,12 +357,11 @@ class _Folding:
             dtype = table.specs[0].dtype
             width = codec.ITEM_BYTES[dtype]
             raw = part.read(self._raw[: count * width], cast("int", span.offsets[part.layout]) + start * width)
-            if index == 0:
-                slabs.widen(raw, dtype, total)
-                total *= part.source.weight
-            else:
-                slabs.widen(raw, dtype, wide)
-                wide *= part.source.weight
+            target = total if index == 0 else wide
+            slabs.widen(raw, dtype, target)
+            if part.source.weight != 1:
+                target *= part.source.weight
+            if index > 0:
                 total += wide
         total /= weight
         old = self._old[:count]
@@ -370,7 +370,7 @@ class _Folding:
         delta, scratch = total, wide
         if self._inputs.kind == "state":
             delta, scratch = np.subtract(total, old, out=wide), total
-        square = _squares(delta)
+        square = _squares(delta, out=np.frombuffer(self._raw, np.float64)[:count])
         if not math.isfinite(square):
             raise NotFiniteError("The mean of the updates holds NaN or Inf.", "Check every update before it is folded.")
         if self._moments is not None:
@@ -449,9 +449,10 @@ def _table(fd: int) -> TensorTable:
     return codec.parse_header(codec.read_header(fd), os.fstat(fd).st_size)
 
 
-def _squares(values: Floats) -> float:
-    # Not np.dot: its BLAS splits the sum among threads.
-    return float(np.einsum("i,i->", values, values))
+def _squares(values: Floats, out: Floats) -> float:
+    """Sum of the squares, which are left in `out`."""
+    # Not np.dot: its BLAS splits the sum among threads. Not np.einsum: it takes three times as long.
+    return float(np.multiply(values, values, out=out).sum())
 
 
 def _first_not_finite(table: TensorTable, start: int, values: Floats) -> str:

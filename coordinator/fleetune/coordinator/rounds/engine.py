@@ -506,9 +506,7 @@ class Engine:
             records.add_blobs(tx, batch.blobs)
             for job_id, entry in batch.rounds:
                 records.save_round(tx, job_id, entry)
-            for row in batch.updates:
-                if row.status == "accepted":
-                    records.count_for_device(tx, row.device_id, 1, 0, "")
+            records.count_accepted(tx, [row.device_id for row in batch.updates if row.status == "accepted"])
             for device_id, message in batch.failures:
                 records.count_for_device(tx, device_id, 0, 1, message)
             for job_id, (status, text) in machines.items():

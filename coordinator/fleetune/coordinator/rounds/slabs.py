@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -24,9 +25,16 @@ FLOATS: Mapping[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+BLOCK_BYTES = 1 << 20
+"""Written and hashed at once."""
+
 
 class Output:
-    """A file that is written once, front to back, aside, with its digest on the way; gone unless published."""
+    """A file that is written once, front to back, aside, with its digest on the way; gone unless published.
+
+    Hashing takes as long as the arithmetic that makes the bytes: beyond the first BLOCK_BYTES it is done, with the writing, by
+    a thread of its own, one block at a time while the next one fills.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -34,8 +42,13 @@ class Output:
         self._aside = path.with_name(f"{path.name}.part")
         self._fd = -1
         self._hash = hashlib.sha256()
+        self._block, self._spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        self._filled = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._storing: Future[None] | None = None
         self.size_bytes = 0
         self._queued = 0
+        self._stored = 0
 
     def __enter__(self) -> Output:
         self._aside.unlink(missing_ok=True)
@@ -44,13 +57,49 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
         os.close(self._fd)
         self._aside.unlink(missing_ok=True)
 
     def write(self, data: bytes | memoryview) -> None:
+        """Takes a copy of `data`. DiskFullError may be of an earlier call's bytes."""
         view = memoryview(data)
-        self._hash.update(view)
         self.size_bytes += len(view)
+        while view:
+            part = view[: BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK_BYTES:
+                self._wait()
+                if self._thread is None:
+                    self._thread = ThreadPoolExecutor(1, thread_name_prefix="fold-write")
+                self._storing = self._thread.submit(self._store, memoryview(self._block))
+                self._block, self._spare, self._filled = self._spare, self._block, 0
+
+    def make_durable(self) -> None:
+        """All that was written is on disk when this returns, and `digest` may be asked."""
+        self._wait()
+        self._store(memoryview(self._block)[: self._filled])
+        self._filled = 0
+        os.fsync(self._fd)
+
+    def publish(self) -> None:
+        os.replace(self._aside, self._path)
+
+    def digest(self) -> str:
+        """Of what `make_durable` has seen."""
+        return self._hash.hexdigest()
+
+    def _wait(self) -> None:
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.result()
+
+    def _store(self, view: memoryview) -> None:
+        self._hash.update(view)
+        self._stored += len(view)
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
@@ -58,18 +107,9 @@ class Output:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"No space left in {self._path.parent} for {self._path.name}.", "Make room on that disk.") from error
             raise
-        if self.size_bytes - self._queued >= WRITEBACK_BYTES:
-            start_writeback(self._fd, self._queued, self.size_bytes)
-            self._queued = self.size_bytes
-
-    def make_durable(self) -> None:
-        os.fsync(self._fd)
-
-    def publish(self) -> None:
-        os.replace(self._aside, self._path)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+        if self._stored - self._queued >= WRITEBACK_BYTES:
+            start_writeback(self._fd, self._queued, self._stored)
+            self._queued = self._stored
 
 
 def read(fd: int, into: memoryview, offset: int) -> memoryview:

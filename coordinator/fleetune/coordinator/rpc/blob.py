@@ -15,13 +15,13 @@ import grpc.aio
 
 from fleetune.coordinator.rounds.engine import Engine, Receipt
 from fleetune.coordinator.rpc import convert
-from fleetune.coordinator.rpc.streams import next_message
+from fleetune.coordinator.rpc.streams import Patience, Readable
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, WireError
-from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
-from fleetune.waiting import happened, within
-from fleetune.wire import digests
-from fleetune.wire.chunks import CHUNK_BYTES, SpoolBusyError, read_chunk
+from fleetune.v1 import blob_pb2, messages_pb2
+from fleetune.waiting import happened
+from fleetune.wire import digests, frames
+from fleetune.wire.chunks import Spool, SpoolBusyError, read_chunk
 
 log = logging.getLogger("fleetune.blob")
 
@@ -34,10 +34,25 @@ IDLE_S = 60.0
 DOWNLOADS_AT_ONCE = 8
 """Each holds a few chunks in memory; the others wait their turn, which costs no bandwidth."""
 
+RESPONSES_AHEAD = 3
+"""Chunks read in one turn of a disk thread while as many are being sent: a turn costs more than the reading."""
+
+CHUNKS_WAITING = 2
+"""Chunks of one upload that wait for its disk thread; then the device waits, by flow control."""
+
+SUMS_KEPT = 4096
+"""Checksums of chunks that are served again and again: those of 4 GiB."""
+
 DISK_THREADS = 4
 
+SYNC_THREADS = 8
+"""Updates made durable at once: file systems write one journal entry for all that wait for it."""
 
-class BlobService(blob_pb2_grpc.BlobServiceServicer):
+
+_UploadContext = grpc.aio.ServicerContext[frames.Upload, blob_pb2.UploadResponse]
+
+
+class BlobService:
     def __init__(self, engine: Engine, blobs: BlobStore, *, uploads_at_once: int, max_update_bytes: int, epoch: int) -> None:
         self._engine = engine
         self._blobs = blobs
@@ -46,7 +61,10 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
         self._max_update_bytes = max_update_bytes
         self._epoch = epoch
         self._disk = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="blob-disk")
+        self._sync = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="blob-sync")
         self.receiving = 0
+        # By digest and offset; used by the disk threads. Two of them may compute one sum twice, which does no harm.
+        self._sums: dict[tuple[str, int], int] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -56,11 +74,9 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
 
     def close(self) -> None:
         self._disk.shutdown(wait=True)
+        self._sync.shutdown(wait=True)
 
-    async def Download(  # type: ignore[override]  # the stub allows both gRPC flavours; this is the aio one
-        self, request: blob_pb2.DownloadRequest, context: grpc.aio.ServicerContext[blob_pb2.DownloadRequest, blob_pb2.DownloadResponse]
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    async def Download(self, request: blob_pb2.DownloadRequest, context: grpc.aio.ServicerContext[blob_pb2.DownloadRequest, bytes]) -> None:
         async with self._downloads:
             try:
                 fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
@@ -68,22 +84,21 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except FileNotFoundError:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {request.digest[:12]}")
-            ahead: asyncio.Future[blob_pb2.Chunk] | None = None
+            ahead: asyncio.Future[tuple[list[bytes], int]] | None = None
             try:
                 size = os.fstat(fd).st_size
                 if request.offset > size:
                     await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} in a blob of {size} bytes")
-                position, first = request.offset, True
-                ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
-                if ahead is None:
-                    await context.write(blob_pb2.DownloadResponse(size_bytes=size))
-                while ahead is not None:
-                    chunk = await asyncio.shield(ahead)
-                    position = min(position + CHUNK_BYTES, size)  # not len(chunk.data), which copies it
-                    ahead = loop.run_in_executor(self._disk, read_chunk, fd, position, size) if position < size else None
-                    response = blob_pb2.DownloadResponse(chunk=chunk, size_bytes=size if first else 0)
-                    await within(IDLE_S, context.write(response))
-                    first = False
+                position = request.offset
+                ahead = self._on_disk(self._responses, request.digest, fd, position, size, first=True)
+                with Patience(IDLE_S) as patience:
+                    while ahead is not None:
+                        responses, position = await asyncio.shield(ahead)
+                        ahead = self._on_disk(self._responses, request.digest, fd, position, size) if position < size else None
+                        for response in responses:
+                            await patience.on(context.write(response))
+            except asyncio.TimeoutError:
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {IDLE_S:g} s; resume where it ended")
             finally:
                 if ahead is not None:  # the descriptor must outlive the read
                     await asyncio.wait({ahead})
@@ -103,13 +118,16 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
             return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, settled))
         return blob_pb2.UploadStatusResponse(offset=self._blobs.spooled(request.task_id, request.blob))
 
-    async def Upload(
-        self,
-        request_iterator: AsyncIterator[blob_pb2.UploadRequest],
-        context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
-    ) -> blob_pb2.UploadResponse:
-        first = await self._next(context)
-        if first is None or not first.HasField("header"):
+    async def Upload(self, request_iterator: AsyncIterator[frames.Upload], context: _UploadContext) -> blob_pb2.UploadResponse:
+        try:
+            with Patience(IDLE_S) as patience:
+                return await self._upload(context, patience)
+        except asyncio.TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {IDLE_S:g} s; resume where it ended")
+
+    async def _upload(self, context: _UploadContext, patience: Patience) -> blob_pb2.UploadResponse:
+        first = await _next(context, patience)
+        if first is None or first.header is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of an upload must carry its header")
         header = first.header
         if (wrong := _unusable(header.blob)) is not None:
@@ -121,57 +139,55 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
         if settled is not None:
             self._blobs.discard(header.task_id, header.blob)
             return self._answer(header, settled)
-        async with self._uploads:
-            self.receiving += 1
-            self._idle.clear()
-            try:
-                return await self._receive(header, first, context)
-            except SpoolBusyError as error:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-            except WireError as error:
-                log.warning("device=%s task=%s upload refused: %s", header.device_id, header.task_id, error)
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            except DiskFullError as error:
-                log.error("device=%s task=%s %s", header.device_id, header.task_id, error)
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            finally:
-                self.receiving -= 1
-                if not self.receiving:
-                    self._idle.set()
+        self.receiving += 1
+        self._idle.clear()
+        try:
+            return await self._receive(header, first.chunk, context, patience)
+        except SpoolBusyError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except WireError as error:
+            log.warning("device=%s task=%s upload refused: %s", header.device_id, header.task_id, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except DiskFullError as error:
+            log.error("device=%s task=%s %s", header.device_id, header.task_id, error)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        finally:
+            self.receiving -= 1
+            if not self.receiving:
+                self._idle.set()
 
     async def _receive(
-        self,
-        header: blob_pb2.UploadHeader,
-        first: blob_pb2.UploadRequest,
-        context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse],
+        self, header: blob_pb2.UploadHeader, chunk: frames.Chunk | None, context: _UploadContext, patience: Patience
     ) -> blob_pb2.UploadResponse:
-        opening = self._on_disk(self._blobs.spool, header.task_id, header.blob, self._max_update_bytes)
-        try:
-            spool = await asyncio.shield(opening)
-        except asyncio.CancelledError:  # the stream was cut: what the thread is about to open must not stay open
-            await asyncio.wait({opening})
-            if opening.exception() is None:
-                opening.result().close()
-            raise
         busy: asyncio.Future[None] | asyncio.Future[str] | None = None
+        spool: Spool | None = None
         try:
-            message: blob_pb2.UploadRequest | None = first
-            # One chunk is written and hashed while the next one is on its way.
-            while message is not None:
+            # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
+            async with self._uploads:
+                spool = await self._opened(header, chunk)
+                # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
+                arrived: list[frames.Chunk] = []
+                while (message := await _next(context, patience)) is not None:
+                    if message.chunk is not None:
+                        arrived.append(message.chunk)
+                    if busy is not None and (busy.done() or len(arrived) >= CHUNKS_WAITING):
+                        await asyncio.shield(busy)
+                        busy = None
+                    if arrived and busy is None:
+                        busy, arrived = self._on_disk(spool.add_all, arrived), []
                 if busy is not None:
                     await asyncio.shield(busy)
                     busy = None
-                if message.HasField("chunk"):
-                    busy = self._on_disk(spool.add, message.chunk)
-                message = await self._next(context)
-            if busy is not None:
-                await asyncio.shield(busy)
+                if arrived:
+                    busy = self._on_disk(spool.add_all, arrived)
+                    await asyncio.shield(busy)
+                    busy = None
             if not spool.complete:
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
                 )
             async with self._engine.keeping(spool.digest):
-                busy = self._on_disk(self._blobs.adopt, spool)
+                busy = asyncio.get_running_loop().run_in_executor(self._sync, self._blobs.adopt, spool)
                 digest = await asyncio.shield(busy)
                 receipt = await self._engine.take_update(
                     header.task_id, header.device_id, convert.update(header), self._blobs.path(digest)
@@ -181,22 +197,57 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
             if busy is not None:  # the thread has the spool in hand, also where this stream was cut
                 await asyncio.wait({busy})
                 busy.exception()
-            spool.close()
+            if spool is not None:
+                spool.close()
+
+    async def _opened(self, header: blob_pb2.UploadHeader, first: frames.Chunk | None) -> Spool:
+        """The spool with the first chunk, if one came with the header: for a small update one turn of a thread instead of two."""
+
+        def opened() -> Spool:
+            spool = self._blobs.spool(header.task_id, header.blob, self._max_update_bytes)
+            try:
+                spool.add_all([] if first is None else [first])
+            except BaseException:
+                spool.close()
+                raise
+            return spool
+
+        opening = self._on_disk(opened)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the stream was cut: what the thread is about to open must not stay open
+            await asyncio.wait({opening})
+            if opening.exception() is None:
+                opening.result().close()
+            raise
+
+    def _responses(self, digest: str, fd: int, position: int, size: int, *, first: bool = False) -> tuple[list[bytes], int]:
+        """The next encoded responses, and where those after them begin. Reads the disk."""
+        messages: list[bytes] = []
+        while position < size and len(messages) < RESPONSES_AHEAD:
+            # The devices of a round fetch the same state: its checksums are computed for the first of them.
+            known = self._sums.get((digest, position))
+            chunk = read_chunk(fd, position, size, crc32=known)
+            if known is None:
+                if len(self._sums) >= SUMS_KEPT:
+                    self._sums.clear()
+                self._sums[digest, position] = chunk.crc32
+            messages.append(frames.encode_download(frames.Download(chunk, size if first and not messages else 0)))
+            position += len(chunk.data)
+        return messages or [frames.encode_download(frames.Download(None, size))], position
 
     def _on_disk(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments, **named))
 
-    async def _next(
-        self, context: grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse]
-    ) -> blob_pb2.UploadRequest | None:
-        try:
-            return await next_message(context, IDLE_S, blob_pb2.UploadRequest)
-        except asyncio.TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {IDLE_S:g} s; resume where it ended")
-
     @staticmethod
     def _answer(header: blob_pb2.UploadHeader, receipt: Receipt) -> blob_pb2.UploadResponse:
         return blob_pb2.UploadResponse(receipt=convert.receipt(header.task_id, header.lease, receipt))
+
+
+async def _next(context: Readable, patience: Patience) -> frames.Upload | None:
+    """The next message; None at the end of the stream."""
+    message = await patience.on(context.read())
+    return message if isinstance(message, frames.Upload) else None
 
 
 def _unusable(blob: messages_pb2.BlobRef) -> str | None:

@@ -16,7 +16,7 @@ import grpc.aio
 from fleetune.coordinator.registry import Greeting, Refused, Registry, Session
 from fleetune.coordinator.rounds.engine import Engine, Order
 from fleetune.coordinator.rpc import convert
-from fleetune.coordinator.rpc.streams import next_message
+from fleetune.coordinator.rpc.streams import Patience, Readable, next_message
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc, messages_pb2
@@ -236,11 +236,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 return
             await context.write(message)
 
-    async def _read(self, line: Line, context: Context) -> None:
-        while (message := await next_message(context, self._registry.lease_s, fleet_pb2.SessionRequest)) is not None:
-            line.session.last_heard_s = self._monotonic()
-            if await self._handle(line, message):
-                return
+    async def _read(self, line: Line, context: Readable) -> None:
+        with Patience(self._registry.lease_s) as patience:
+            while isinstance(message := await patience.on(context.read()), fleet_pb2.SessionRequest):
+                line.session.last_heard_s = self._monotonic()
+                if await self._handle(line, message):
+                    return
 
     async def _handle(self, line: Line, message: fleet_pb2.SessionRequest) -> bool:
         """True where the agent says goodbye."""

@@ -1,8 +1,11 @@
-"""Reading a request stream with a deadline."""
+"""Waiting for the other end of a stream, but not for ever."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+import asyncio
+import sys
+from collections.abc import Awaitable, Coroutine
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -10,6 +13,7 @@ from google.protobuf.message import Message
 from fleetune.waiting import within
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 class Readable(Protocol):
@@ -22,3 +26,46 @@ async def next_message(context: Readable, within_s: float, kind: type[M]) -> M |
     """The next message, or None at the end of the stream. asyncio.TimeoutError where nothing comes within `within_s`."""
     message = await within(within_s, context.read())
     return message if isinstance(message, kind) else None
+
+
+class Patience:
+    """Ends the task it was made in with asyncio.TimeoutError where one wait for the other end takes longer than `within_s`.
+
+    `within` would do for one message. For every message of a stream it costs a task and a timer each time; here one timer looks now and
+    then at when the present wait began. Used with `with`, and `await patience.on(...)` around each wait.
+    """
+
+    def __init__(self, within_s: float) -> None:
+        self._within_s = within_s
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since_s: float | None = None
+        self._timer = self._loop.call_later(within_s, self._look)
+        self._over = False
+
+    def __enter__(self) -> Patience:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._timer.cancel()
+        if self._over and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11) and self._task is not None:
+                self._task.uncancel()
+            raise asyncio.TimeoutError from error
+
+    async def on(self, wait: Awaitable[T]) -> T:
+        """The result of `wait`, which is the other end's to bring about."""
+        self._since_s = self._loop.time()
+        try:
+            return await wait
+        finally:
+            self._since_s = None
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        left_s = self._within_s if self._since_s is None else self._since_s + self._within_s - now_s
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        elif self._task is not None:
+            self._over = True
+            self._task.cancel()

@@ -8,7 +8,7 @@ from typing import cast
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic_core import to_json
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from fleetune.coordinator.domain import RoundEntry
@@ -205,6 +205,14 @@ def count_for_device(tx: Connection, device_id: str, accepted: int, failures: in
     if last_failure:
         values["last_failure"] = last_failure
     tx.execute(update(schema.devices).where(schema.devices.c.device_id == device_id).values(**values))
+
+
+def count_accepted(tx: Connection, device_ids: Sequence[str]) -> None:
+    """One more accepted update for each of them. One statement for all: to make one takes longer than to run it."""
+    if device_ids:
+        devices = schema.devices.c
+        mine = update(schema.devices).where(devices.device_id == bindparam("device"))
+        tx.execute(mine.values(updates_accepted=devices.updates_accepted + 1), [{"device": device_id} for device_id in device_ids])
 
 
 def load_devices(connection: Connection) -> list[DeviceRow]:

@@ -1,0 +1,47 @@
+"""How long a stream waits for its other end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fleetune.coordinator.rpc.streams import Patience
+
+
+async def test_a_wait_that_takes_too_long_is_a_timeout() -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        with Patience(0.01) as patience:
+            await patience.on(asyncio.Event().wait())
+
+
+async def test_the_task_goes_on_as_ever_after_a_timeout() -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        with Patience(0.01) as patience:
+            await patience.on(asyncio.Event().wait())
+    assert await asyncio.wait_for(asyncio.sleep(0, "on"), 5) == "on"
+
+
+async def test_time_between_two_waits_does_not_count() -> None:
+    ended = asyncio.Event()
+    with Patience(0.01) as patience:
+        assert await patience.on(asyncio.sleep(0, "first")) == "first"
+        # Several looks of the timer happen here; nothing of it is the other end's fault.
+        asyncio.get_running_loop().call_later(0.05, ended.set)
+        await ended.wait()
+        assert await patience.on(asyncio.sleep(0, "second")) == "second"
+
+
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    waiting = asyncio.Event()
+
+    async def wait() -> None:
+        with Patience(60.0) as patience:
+            waiting.set()
+            await patience.on(asyncio.Event().wait())
+
+    task = asyncio.create_task(wait())
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
