@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -38,9 +39,10 @@ class AgentProcess:
 
     async def logged(self, text: str, within_s: float = 20.0) -> None:
         """Return once `text` stands in the log: what an agent did after its last message is seen nowhere else."""
-        async with asyncio.timeout(within_s) if sys.version_info >= (3, 11) else contextlib.nullcontext():
-            while text not in self.log:
-                await asyncio.sleep(0.02)
+        deadline_s = time.monotonic() + within_s
+        while text not in self.log:
+            assert time.monotonic() < deadline_s, f"{text!r} was not logged within {within_s:g} s"
+            await asyncio.sleep(0.02)
 
     def children(self) -> list[psutil.Process]:
         assert self.process is not None
