@@ -122,7 +122,7 @@ def table(points: Sequence[Point], command: str) -> str:
         "## Rounds: the real daemons beside bare gRPC",
         "",
         "Real coordinator and agents as processes, method `echo`: every device fetches a state of S MiB, adds a constant to every element",
-        "and sends all of it back; every element of the result is checked. The *net* floor is bare grpc.aio on uvloop moving as many bytes,",
+        "and sends all of it back; every element of the result is checked. The *net* floor is bare grpc.aio on uvloop moving the same,",
         "the *durable* floor hashes, writes and fsyncs each update as well before it acknowledges it (bench/floors.py).",
         "",
         f"Measured on {datetime.date.today().isoformat()} with `{command}` on {machine()}.",
