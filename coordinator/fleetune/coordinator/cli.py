@@ -159,7 +159,7 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
     codes=(ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED, ExitCode.MACHINE, ExitCode.TERMINATED),
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with train.jsonl, validation.jsonl and test.jsonl (text, label).")
-@click.option("--rounds", type=click.IntRange(1, 1000), default=16, show_default=True, help="Rounds to train.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=12, show_default=True, help="Rounds to train.")
 @click.option("--steps", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Optimiser steps of an agent in a round.")
 @click.option("--agents", type=click.IntRange(1, 32), default=3, show_default=True, help="Agents to start.")
 @click.option("--split", type=click.Choice(["iid", "dirichlet"]), default="iid", show_default=True, help="How rows are dealt to agents.")

@@ -28,7 +28,7 @@ class DemoSettings:
     """The options of `fleetune demo`."""
 
     data: Path | None = None
-    rounds: int = 16
+    rounds: int = 12
     steps: int = 12
     agents: int = 3
     split: str = "iid"
