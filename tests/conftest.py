@@ -35,7 +35,11 @@ def _needs_torch(file: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if TORCH_INSTALLED or not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
+    if TORCH_INSTALLED:
+        return None
+    if collection_path.is_dir():  # left out whole, since its conftest.py makes models
+        return True if collection_path.is_relative_to(TESTS) and collection_path.relative_to(TESTS).as_posix() in TORCH_FOLDERS else None
+    if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
         return None
     return True if _needs_torch(collection_path) else None
 

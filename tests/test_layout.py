@@ -19,7 +19,7 @@ else:
 
 REPO = Path(__file__).resolve().parents[1]
 ROOTS = ("coordinator", "agent", "proto")
-SKIPPED_FOLDERS = {".git", "__pycache__", "node_modules", "dist", "build", "wheelhouse", "fleetune-state", "demo-out"}
+SKIPPED_FOLDERS = {".git", "__pycache__", "node_modules", "dist", "build", "wheelhouse", "fleetune-state", "fleetune-demo"}
 
 
 def files_of_the_repo() -> Iterator[Path]:
