@@ -167,10 +167,14 @@ class _Reader:
         self.position = 0
 
     def first(self, header: blob_pb2.UploadHeader) -> bytes:
-        """The header, and the bytes from its offset on where any are missing."""
+        """The header, and all bytes that are missing where they are one chunk.
+
+        A longer update's first chunk comes after the header: the coordinator holds what came with it while the upload waits for its turn.
+        """
         self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self.position = header.offset
-        return frames.encode_upload(frames.Upload(header, None if self.position == self._size_bytes else self._chunk()))
+        missing = self._size_bytes - self.position
+        return frames.encode_upload(frames.Upload(header, self._chunk() if 0 < missing <= self._chunk_bytes + chunks.TAIL_BYTES else None))
 
     def following(self) -> bytes:
         return frames.encode_upload(frames.Upload(None, self._chunk()))

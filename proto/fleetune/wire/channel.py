@@ -14,8 +14,11 @@ PROTOCOL_MINOR = 0
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """A chunk is at most 1 MiB and a control message far less: whatever is larger is a mistake or an attack."""
 
-WINDOW_BYTES = 4 * 1024 * 1024
-"""What a stream may have on its way: 40 MB/s at 100 ms, and the most that one stream takes of a busy receiver's memory."""
+CLIENT_WINDOW_BYTES = 4 * 1024 * 1024
+"""What may be on its way to an agent in one stream: 40 MB/s at 100 ms, and the most that it takes of a busy agent's memory."""
+
+SERVER_WINDOW_BYTES = 256 * 1024
+"""The same towards the coordinator, for each upload that waits for its turn. One whose turn it is gets room for a whole chunk on top."""
 
 METADATA_BYTES_MAX = 8 * 1024
 
@@ -40,6 +43,7 @@ def server_options() -> list[Option]:
         # Pings bunch up on a busy machine; a GOAWAY for that would cut every stream of a sound peer.
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", 100),
+        ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
         # Two coordinators on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
     ]
@@ -54,6 +58,7 @@ def channel_options() -> list[Option]:
         ("grpc.max_reconnect_backoff_ms", int(BACKOFF_MAX_S * 1000)),
         # A connection of its own: channels with equal options otherwise share one, and bulk would starve heartbeats.
         ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.http2.lookahead_bytes", CLIENT_WINDOW_BYTES),
         # A proxy from the environment has no business between a board and its coordinator on the same network.
         ("grpc.enable_http_proxy", 0),
         ("grpc.channel_id", uuid.uuid4().hex),
@@ -91,5 +96,4 @@ def _common_options() -> Sequence[Option]:
         ("grpc.http2.max_pings_without_data", 0),
         # Left to itself gRPC widens a stream's window to tens of MiB, all of it memory of a receiver that is slower than its peer.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ]

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -34,7 +34,7 @@ IDLE_S = 60.0
 DOWNLOADS_AT_ONCE = 8
 """Each holds a few chunks in memory; the others wait their turn, which costs no bandwidth."""
 
-RESPONSES_AHEAD = 3
+RESPONSES_AHEAD = 2
 """Chunks read in one turn of a disk thread while as many are being sent: a turn costs more than the reading."""
 
 CHUNKS_WAITING = 2
@@ -142,7 +142,9 @@ class BlobService:
         self.receiving += 1
         self._idle.clear()
         try:
-            return await self._receive(header, first.chunk, context, patience)
+            arrived = [] if first.chunk is None else [first.chunk]
+            del first  # or its chunk would stay in memory until the commit
+            return await self._receive(header, arrived, context, patience)
         except SpoolBusyError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except WireError as error:
@@ -157,16 +159,16 @@ class BlobService:
                 self._idle.set()
 
     async def _receive(
-        self, header: blob_pb2.UploadHeader, chunk: frames.Chunk | None, context: _UploadContext, patience: Patience
+        self, header: blob_pb2.UploadHeader, arrived: list[frames.Chunk], context: _UploadContext, patience: Patience
     ) -> blob_pb2.UploadResponse:
         busy: asyncio.Future[None] | asyncio.Future[str] | None = None
         spool: Spool | None = None
         try:
             # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
             async with self._uploads:
-                spool = await self._opened(header, chunk)
+                spool = await self._opened(header, arrived)
+                arrived.clear()
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
-                arrived: list[frames.Chunk] = []
                 while (message := await _next(context, patience)) is not None:
                     if message.chunk is not None:
                         arrived.append(message.chunk)
@@ -200,13 +202,13 @@ class BlobService:
             if spool is not None:
                 spool.close()
 
-    async def _opened(self, header: blob_pb2.UploadHeader, first: frames.Chunk | None) -> Spool:
-        """The spool with the first chunk, if one came with the header: for a small update one turn of a thread instead of two."""
+    async def _opened(self, header: blob_pb2.UploadHeader, arrived: Sequence[frames.Chunk]) -> Spool:
+        """The spool with what came with the header: for a small update one turn of a thread instead of two."""
 
         def opened() -> Spool:
             spool = self._blobs.spool(header.task_id, header.blob, self._max_update_bytes)
             try:
-                spool.add_all([] if first is None else [first])
+                spool.add_all(arrived)
             except BaseException:
                 spool.close()
                 raise
