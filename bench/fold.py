@@ -64,7 +64,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> None:
     expected = codec.read_table(base)
     size = contributions[0].path.stat().st_size / MIB
     _report("inspect one update", size, arguments.repeats, lambda: aggregate.inspect(contributions[0].path, expected))
-    _report("sha256 one update", size, arguments.repeats, lambda: digests.of_file(contributions[0].path))
+    _report("digest of one update", size, arguments.repeats, lambda: digests.of_file(contributions[0].path))
     ref = messages_pb2.BlobRef(digest=digests.of_file(contributions[0].path), size_bytes=contributions[0].path.stat().st_size)
     store = BlobStore(folder / "store")
     _report(

@@ -68,9 +68,7 @@ def verdicts(point: Point) -> list[Verdict]:
     slack_s = SMALL_ROUND_S if point.mib <= SMALL_MIB else 0.0
     found = [
         Verdict("round, median", product.median_s, FLOOR_FACTOR * point.durable.median_s + slack_s, "s"),
-        Verdict(
-            "coordinator RssAnon, peak", product.coordinator_anon_peak_bytes / MIB, MEMORY_MIB + MEMORY_STATES * point.mib, "MiB"
-        ),
+        Verdict("coordinator RssAnon, peak", product.coordinator_anon_peak_bytes / MIB, MEMORY_MIB + MEMORY_STATES * point.mib, "MiB"),
         Verdict("agent idle, resident", product.agent_idle_bytes / MIB, AGENT_IDLE_MIB, "MiB"),
         Verdict(f"agent moving {point.mib} MiB, resident peak", product.agent_peak_bytes / MIB, AGENT_MOVING_MIB, "MiB"),
     ]

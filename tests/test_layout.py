@@ -134,9 +134,7 @@ def unsafe_parts(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_no_source_can_run_what_a_peer_or_a_file_sends() -> None:
     found = [
-        f"{file.relative_to(REPO)}:{line}: {what}"
-        for file in python_sources()
-        for line, what in unsafe_parts(ast.parse(file.read_text()))
+        f"{file.relative_to(REPO)}:{line}: {what}" for file in python_sources() for line, what in unsafe_parts(ast.parse(file.read_text()))
     ]
     assert found == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 
-SCENES = '''
+SCENES = """
 import asyncio, subprocess, sys, threading
 import grpc, grpc.aio, pytest
 
@@ -63,7 +63,7 @@ async def ticking():
 
 async def test_clean_with_a_task_of_a_fixture(ticking):
     pass
-'''
+"""
 
 
 def test_what_outlives_a_test_is_found_and_nothing_else(tmp_path: Path) -> None:
@@ -72,7 +72,9 @@ def test_what_outlives_a_test_is_found_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\nmarkers =\n  torch: as in the project\n")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-rE", "--no-header", "-p", "no:cacheprovider", str(tmp_path)],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     errors = sorted(line.split("::")[1].split(" ")[0] for line in run.stdout.splitlines() if line.startswith("ERROR "))
     assert errors == ["test_leaks_a_child", "test_leaks_a_file", "test_leaks_a_task", "test_leaks_a_thread"], run.stdout + run.stderr

@@ -15,11 +15,7 @@ GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
 def generated_in(folder: Path) -> dict[str, str]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_text()
-        for pattern in GENERATED
-        for file in folder.rglob(pattern)
-    }
+    return {file.relative_to(folder).as_posix(): file.read_text() for pattern in GENERATED for file in folder.rglob(pattern)}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -28,7 +24,11 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
     made = subprocess.run(
         ["make", "generate-proto", f"OUT={tmp_path}", f"PY={sys.executable}"],
-        cwd=REPO, env=environment, capture_output=True, text=True, check=False,
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert made.returncode == 0, made.stdout + made.stderr
 

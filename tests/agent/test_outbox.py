@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fleetune.agent.domain import Blob, Evaluated, Failed, FailureKind, Refused, Update
 from fleetune.agent.outbox import DATABASE_NAME, Outbox
@@ -27,7 +27,7 @@ def outbox(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Outbox]:
 def written(outbox: Outbox, task_id: str = "job/1/device/train", lease: int = 1, data: bytes = DATA) -> Update:
     path = outbox.path_for(task_id, lease)
     path.write_bytes(data)
-    return Update(task_id, lease, 1, Blob(hashlib.sha256(data).hexdigest(), len(data)), path.name, b"report")
+    return Update(task_id, lease, 1, Blob(blake3(data).hexdigest(), len(data)), path.name, b"report")
 
 
 def test_every_kind_of_result_comes_back_as_it_was_put_in_order(outbox: Outbox) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+from blake3 import blake3
 
 from fleetune.agent.bulk import STRANGE_TRIES_MAX, TransferError
 from fleetune.agent.domain import Blob, FailureKind, Receipt, ReceiptStatus, Update
@@ -78,7 +78,7 @@ def an_update(folder: Path, size_bytes: int = 10 * CHUNK_BYTES + 7, task_id: str
     path = folder / f"{task_id}.safetensors"
     path.write_bytes(data)
     report = messages_pb2.UpdateReport(samples=3).SerializeToString()
-    return Update(task_id, 2, 1, Blob(hashlib.sha256(data).hexdigest(), size_bytes), path.name, report), path, data
+    return Update(task_id, 2, 1, Blob(blake3(data).hexdigest(), size_bytes), path.name, report), path, data
 
 
 async def soon(queue: asyncio.Queue[Receipt]) -> Receipt:

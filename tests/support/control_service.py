@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import socket
 import zlib
@@ -14,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from blake3 import blake3
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, control_pb2, control_pb2_grpc, messages_pb2
@@ -49,7 +49,7 @@ class Fleet:
 
     def blob(self, data: bytes) -> messages_pb2.BlobRef:
         """Stores bytes and returns their address."""
-        digest = hashlib.sha256(data).hexdigest()
+        digest = blake3(data).hexdigest()
         self.blobs[digest] = data
         return messages_pb2.BlobRef(digest=digest, size_bytes=len(data))
 

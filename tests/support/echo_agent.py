@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
@@ -12,6 +11,7 @@ from types import TracebackType
 import grpc
 import grpc.aio
 import numpy as np
+from blake3 import blake3
 
 from fleetune.methods.v1 import echo_pb2
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, fleet_pb2, fleet_pb2_grpc, messages_pb2
@@ -185,7 +185,7 @@ class EchoAgent:
             assert response.chunk.offset == offset + len(data)
             data += response.chunk.data
         if not offset:
-            assert hashlib.sha256(data).hexdigest() == digest
+            assert blake3(data).hexdigest() == digest
         return data
 
     def header(self, task: messages_pb2.Task, data: bytes, **changes: object) -> blob_pb2.UploadHeader:
@@ -193,7 +193,7 @@ class EchoAgent:
             device_id=self.device_id,
             task_id=task.task_id,
             lease=task.lease,
-            blob=messages_pb2.BlobRef(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data)),
+            blob=messages_pb2.BlobRef(digest=blake3(data).hexdigest(), size_bytes=len(data)),
             report=messages_pb2.UpdateReport(samples=self.samples),
             epoch=self.welcome.epoch if self.welcome else 1,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import TypeVar, cast
 
 import grpc
 import grpc.aio
+from blake3 import blake3
 
 from fleetune.methods.v1 import echo_pb2
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, fleet_pb2, fleet_pb2_grpc, messages_pb2
@@ -103,7 +103,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
             await asyncio.wait_for(self._changed.wait_for(condition), within_s)
 
     def add_blob(self, data: bytes) -> messages_pb2.BlobRef:
-        digest = hashlib.sha256(data).hexdigest()
+        digest = blake3(data).hexdigest()
         self.blobs[digest] = data
         return messages_pb2.BlobRef(digest=digest, size_bytes=len(data))
 
@@ -216,7 +216,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the test")
                 update.data += request.chunk.data
             request = await _read_or_end(context)
-        if hashlib.sha256(update.data).hexdigest() != header.blob.digest:
+        if blake3(update.data).hexdigest() != header.blob.digest:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "another digest than declared")
         update.committed = True
         await self._stir()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fleetune.errors import ModelError, WireError
 from fleetune.wire import digests
@@ -29,9 +29,9 @@ def folder(tmp_path: Path) -> Path:
 def test_the_digest_is_over_sorted_names_and_digests(folder: Path) -> None:
     found = scan(folder)
     assert [file.name for file in found.files] == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
-    assert found.files[1] == BaseFile("model.safetensors", hashlib.sha256(b"weights").hexdigest(), 7)
+    assert found.files[1] == BaseFile("model.safetensors", blake3(b"weights").hexdigest(), 7)
     lines = "".join(f"{file.name}\0{file.digest}\n" for file in found.files)
-    assert found.digest == hashlib.sha256(lines.encode()).hexdigest()
+    assert found.digest == blake3(lines.encode()).hexdigest()
     assert found.size_bytes == 17
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import tempfile
 import zlib
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def chunk_of(blob: bytes, begin: int, end: int) -> blob_pb2.Chunk:
 
 
 def spool_of(path: Path, blob: bytes = BLOB) -> Spool:
-    return Spool(path, hashlib.sha256(blob).hexdigest(), len(blob))
+    return Spool(path, blake3(blob).hexdigest(), len(blob))
 
 
 @settings(deadline=None)

@@ -9,7 +9,6 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +32,7 @@ from fleetune.agent.uplink import Uplink
 from fleetune.errors import WireError
 from fleetune.v1 import fleet_pb2
 from fleetune.wire import channel
+from fleetune.workers import Workers
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Daemon:
         self._telemetry = Telemetry(config.state_dir)
         self._threads = compute.threads(config.training.cores)
         # SQLite and the deletion of files, in order and off the event loop.
-        self._storage = ThreadPoolExecutor(1, thread_name_prefix="outbox")
+        self._storage = Workers("outbox")
         self._deliveries: asyncio.Queue[work.Deliver | work.Forget] = asyncio.Queue()
         self._running: asyncio.Task[Result] | None = None
         # Small tasks that follow a training; ended with the daemon.
@@ -117,7 +117,7 @@ class Daemon:
             while not self._deliveries.empty():
                 await self._store(self._deliveries.get_nowait())
             await self._stored(self._outbox.close)
-            self._storage.shutdown(wait=True)
+            self._storage.close()
             await asyncio.gather(control.close(), bulk.close())
             LOG.info("stopped")
 
@@ -305,7 +305,7 @@ class Daemon:
             LOG.error("outbox cannot be written task=%s cause=%r", result.task_id, str(error))
 
     async def _stored(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._storage, call)
+        return await self._storage.run(call)
 
     def _recover(self, recovery: Recovery) -> None:
         if recovery.results or recovery.damaged:

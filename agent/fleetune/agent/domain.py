@@ -15,7 +15,7 @@ class TaskKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Blob:
-    """Content address: lower-case hex sha256 and size."""
+    """Content address: lower-case hex BLAKE3 and size."""
 
     digest: str
     size_bytes: int

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -17,6 +16,7 @@ from fleetune.agent.domain import Blob
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2
 from fleetune.wire import chunks, frames
+from fleetune.workers import Workers
 
 OnBytes = Callable[[int, int], None]
 """Hears (bytes held, bytes in all) after each chunk."""
@@ -34,7 +34,7 @@ class Downlink:
     def __init__(self, channel: grpc.aio.Channel, reserve_bytes: int = RESERVE_BYTES) -> None:
         self._download = frames.download(channel)
         self._reserve_bytes = reserve_bytes
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="downlink")
+        self._files = Workers("downlink")
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -42,72 +42,66 @@ class Downlink:
         self._wake.set()
 
     def close(self) -> None:
-        self._files.shutdown(wait=True)
+        self._files.close()
 
     async def fetch(self, blob: Blob, partial: Path, final: Path, *, durable: bool, on_bytes: OnBytes | None = None) -> None:
         """Fetch `blob` into `partial`, verify it, and rename it to `final`. Goes on where an earlier try of any process ended.
 
         TransferError where the coordinator has no such blob, DiskFullError, WireError for bytes that break the protocol.
         """
-        loop = asyncio.get_running_loop()
         retry = Retry(f"Fetching blob {blob.digest[:12]}", self._wake)
 
         async def attempt(_: int) -> None:
-            opened: list[chunks.Spool] = []
-
-            def open_spool() -> chunks.Spool:
-                opened.append(chunks.Spool(partial, blob.digest, blob.size_bytes, reserve_bytes=self._reserve_bytes, writeback=durable))
-                return opened[0]
-
-            def close_spool() -> None:
-                for spool in opened:
-                    spool.close()
-
+            arriving = _Arriving(blob, partial, final, durable, self._reserve_bytes)
             try:
-                spool = await loop.run_in_executor(self._files, open_spool)
-                await self._stream(blob, spool, retry, on_bytes)
-                await loop.run_in_executor(self._files, _finish, spool, final, durable)
+                begun = partial.exists()  # noqa: ASYNC240  # one stat in the own folder costs less than a turn of a thread
+                if begun:
+                    position = await self._files.run(arriving.resume)
+                else:
+                    position = 0
+                    chunks.check_space(partial.parent, blob.digest, blob.size_bytes, self._reserve_bytes)
+                if not arriving.finished:
+                    await self._stream(arriving, position, retry, on_bytes)
             finally:
                 # In the one thread of the writes, hence after the last of them; keeps what is there for the next try.
-                self._files.submit(close_spool)
+                self._files.tell(arriving.close)
 
         await retry.run(attempt)
 
-    async def _stream(self, blob: Blob, spool: chunks.Spool, retry: Retry, on_bytes: OnBytes | None) -> None:
-        if spool.complete:
-            return
-        loop = asyncio.get_running_loop()
-        call = self._download(blob_pb2.DownloadRequest(digest=blob.digest, offset=spool.position))
-        writing: asyncio.Future[None] | None = None
+    async def _stream(self, arriving: _Arriving, position: int, retry: Retry, on_bytes: OnBytes | None) -> None:
+        blob = arriving.blob
+        call = self._download(blob_pb2.DownloadRequest(digest=blob.digest, offset=position))
+        writing: asyncio.Future[int] | None = None
         arrived: list[frames.Chunk] = []
+        ended = False
         try:
-            response = await call.read()
-            while isinstance(response, frames.Download):
-                if response.size_bytes and response.size_bytes != blob.size_bytes:
-                    raise WireError(
-                        f"Blob {blob.digest[:12]} was declared with {blob.size_bytes} bytes, the coordinator has {response.size_bytes}."
-                    )
-                if response.chunk is not None:
-                    arrived.append(response.chunk)
-                if writing is not None and (writing.done() or len(arrived) >= CHUNKS_WAITING):
-                    await writing
+            while not ended:
+                response = await call.read()
+                if isinstance(response, frames.Download):
+                    if response.size_bytes and response.size_bytes != blob.size_bytes:
+                        raise WireError(
+                            f"Blob {blob.digest[:12]} was declared with {blob.size_bytes} bytes, the coordinator has {response.size_bytes}."
+                        )
+                    if response.chunk is not None:
+                        arrived.append(response.chunk)
+                else:
+                    ended = True
+                if writing is not None and (ended or writing.done() or len(arrived) >= CHUNKS_WAITING):
+                    position = await writing
                     writing = None
-                    retry.progressed(spool.position)
+                    retry.progressed(position)
                     if on_bytes is not None:
-                        on_bytes(spool.position, blob.size_bytes)
+                        on_bytes(position, blob.size_bytes)
                 if arrived and writing is None:
                     # The next chunks are read while these are written.
-                    writing, arrived = loop.run_in_executor(self._files, spool.add_all, arrived), []
-                response = await call.read()
+                    writing, arrived = self._files.run(arriving.add, arrived), []
             if writing is not None:
-                await writing
+                position = await writing
                 writing = None
-            if arrived:
-                await loop.run_in_executor(self._files, spool.add_all, arrived)
-            if spool.position < blob.size_bytes:
-                raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {spool.position} of {blob.size_bytes}.")
+            if not arriving.finished:
+                raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {position} of {blob.size_bytes}.")
             if on_bytes is not None:
-                on_bytes(spool.position, blob.size_bytes)
+                on_bytes(blob.size_bytes, blob.size_bytes)
         finally:
             call.cancel()
             if writing is not None:
@@ -116,12 +110,46 @@ class Downlink:
                     await writing
 
 
-def _finish(spool: chunks.Spool, final: Path, durable: bool) -> None:
-    spool.finish(fsync=durable)
-    os.replace(spool.path, final)
-    if durable:
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+class _Arriving:
+    """A blob on its way into a file. All but `finished` is for the one thread that writes."""
+
+    def __init__(self, blob: Blob, partial: Path, final: Path, durable: bool, reserve_bytes: int) -> None:
+        self.blob = blob
+        self.finished = False
+        self._partial = partial
+        self._final = final
+        self._durable = durable
+        self._reserve_bytes = reserve_bytes
+        self._spool: chunks.Spool | None = None
+
+    def resume(self) -> int:
+        """Bytes that an earlier try left behind; finishes where that is all."""
+        return self.add([])
+
+    def add(self, arrived: Sequence[frames.Chunk]) -> int:
+        """Write chunks, and finish with the last one: verified and under its final name. Returns the bytes held."""
+        if self.finished:
+            raise WireError(f"More than the {self.blob.size_bytes} bytes of blob {self.blob.digest[:12]} came.")
+        if self._spool is None:
+            self._spool = chunks.Spool(
+                self._partial, self.blob.digest, self.blob.size_bytes, reserve_bytes=self._reserve_bytes, writeback=self._durable
+            )
+        self._spool.add_all(arrived)
+        if self._spool.complete:
+            self._spool.finish(fsync=self._durable, move_to=self._final)
+            if self._durable:
+                _fsync(self._final.parent)
+            self.finished = True
+        return self._spool.position
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+
+def _fsync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -9,7 +9,6 @@ start. A disk flush per round on an SD card would cost more than all of the rest
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -75,7 +74,7 @@ class Outbox:
 
     def path_for(self, task_id: str, lease: int) -> Path:
         """Where the child writes the update of this task and lease."""
-        name = hashlib.sha256(f"{task_id}\0{lease}".encode()).hexdigest()[:32]
+        name = digests.of_bytes(f"{task_id}\0{lease}".encode())[:32]
         return self.folder / (name + UPDATE_SUFFIX)
 
     def path_of(self, update: Update) -> Path:

@@ -49,4 +49,5 @@ async def _run(daemon: Daemon) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    allocator.settle()
     await daemon.run(stop)

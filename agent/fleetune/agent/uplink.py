@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from fleetune.agent.domain import FailureKind, Receipt, Update
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
 from fleetune.wire import chunks, frames
+from fleetune.workers import Workers
 
 if TYPE_CHECKING:
     from fleetune.v1.blob_pb2_grpc import BlobServiceAsyncStub
@@ -30,6 +30,10 @@ OnReceipt = Callable[[Receipt], None]
 OnFailure = Callable[[Update, FailureKind, str], None]
 OnBytes = Callable[[Update, int, int], None]
 """Hears the update, the bytes sent and the bytes in all."""
+
+
+REQUESTS_AHEAD = 2
+"""Chunks read in one turn of the thread while as many are being sent: a turn costs more than the reading."""
 
 
 class Uplink:
@@ -47,7 +51,7 @@ class Uplink:
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         # Reads the next chunk while one is on its way.
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="uplink")
+        self._files = Workers("uplink")
         self.chunk_bytes = chunks.CHUNK_BYTES
 
     def send(self, update: Update, path: Path, *, fresh: bool) -> None:
@@ -77,7 +81,7 @@ class Uplink:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        self._files.shutdown(wait=True)
+        self._files.close()
 
     def _ended(self, task_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(task_id) is task:
@@ -123,19 +127,18 @@ class Uplink:
             call.cancel()
 
     async def _stream(self, update: Update, path: Path, offset: int) -> Receipt:
-        loop = asyncio.get_running_loop()
         size_bytes = update.blob.size_bytes
         reader = _Reader(path, size_bytes, self.chunk_bytes)
         header = convert.upload_header(update, self._device_id, offset)
-        reading: asyncio.Future[bytes] | None = loop.run_in_executor(self._files, reader.first, header)
+        reading: asyncio.Future[tuple[list[bytes], int]] | None = self._files.run(reader.first, header)
         call = self._upload()
         try:
             while reading is not None:
-                request = await reading
-                offset = reader.position
-                reading = loop.run_in_executor(self._files, reader.following) if offset < size_bytes else None
+                requests, offset = await reading
+                reading = self._files.run(reader.following) if offset < size_bytes else None
                 try:
-                    await call.write(request)
+                    for request in requests:
+                        await call.write(request)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     # The coordinator answered before it had all: it has the result already, or its status says what is wrong. The
                     # error of the write is only that a stream ended ("Internal error from Core"); the call itself knows the answer.
@@ -150,7 +153,7 @@ class Uplink:
                 # Its error, if any, is second to the one that ends this stream.
                 reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             # In the one thread of the reads, hence after the last of them; without a wait, in which a cancellation could skip it.
-            self._files.submit(reader.close)
+            self._files.tell(reader.close)
         if not response.HasField("receipt"):
             raise WireError(f"The coordinator ended the upload of task {update.task_id} without a receipt.")
         return convert.receipt(response.receipt)
@@ -166,18 +169,23 @@ class _Reader:
         self._fd = -1
         self.position = 0
 
-    def first(self, header: blob_pb2.UploadHeader) -> bytes:
-        """The header, and all bytes that are missing where they are one chunk.
+    def first(self, header: blob_pb2.UploadHeader) -> tuple[list[bytes], int]:
+        """The first request, and the position after it: the header, and all bytes that are missing where they are one chunk.
 
         A longer update's first chunk comes after the header: the coordinator holds what came with it while the upload waits for its turn.
         """
         self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self.position = header.offset
         missing = self._size_bytes - self.position
-        return frames.encode_upload(frames.Upload(header, self._chunk() if 0 < missing <= self._chunk_bytes + chunks.TAIL_BYTES else None))
+        chunk = self._chunk() if 0 < missing <= self._chunk_bytes + chunks.TAIL_BYTES else None
+        return [frames.encode_upload(frames.Upload(header, chunk))], self.position
 
-    def following(self) -> bytes:
-        return frames.encode_upload(frames.Upload(None, self._chunk()))
+    def following(self) -> tuple[list[bytes], int]:
+        """The next requests, at most REQUESTS_AHEAD, and the position after them."""
+        requests: list[bytes] = []
+        while self.position < self._size_bytes and len(requests) < REQUESTS_AHEAD:
+            requests.append(frames.encode_upload(frames.Upload(None, self._chunk())))
+        return requests, self.position
 
     def _chunk(self) -> frames.Chunk:
         chunk = chunks.read_chunk(self._fd, self.position, self._size_bytes, self._chunk_bytes)

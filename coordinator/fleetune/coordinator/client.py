@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from fleetune.coordinator.faults import CoordinatorFaultError, FolderInUseError,
 from fleetune.errors import DiskFullError, FleetuneError, UnreachableError, WireError
 from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc
 from fleetune.wire import channel as wire_channel
-from fleetune.wire import checksums, frames
+from fleetune.wire import checksums, digests, frames
 
 UNARY_DEADLINE_S = 10.0
 """Every unary call of the API is answered from memory or SQLite: longer means that nobody answers."""
@@ -231,7 +230,7 @@ class Client:
 
     async def _download(self, item: control_pb2.AdapterFile, path: Path, on_bytes: Callable[[int], None] | None) -> None:
         """One blob into `path`, going on where a cut left off."""
-        digest = hashlib.sha256()
+        digest = digests.running()
         offset = 0
         with path.open("wb") as file:
             for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):

@@ -53,8 +53,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "uploads_at_once",
         Kind.INTEGER,
-        4,
-        "Updates received at once; the others wait. Bounds memory and keeps disks streaming.",
+        2,
+        "Updates received at once, not counting slow ones; the others wait. Bounds memory and keeps disks streaming.",
         "uploads",
         1,
         1024,

@@ -83,6 +83,7 @@ async def _serve(config: CoordinatorConfig) -> int:
         host = config.listen.rpartition(":")[0]
         address = f"{host}:{port}"
         _write_address(config.state_dir, address)
+        allocator.settle()
         log.info("ready address=%s version=%s jobs=%d", address, _version(), len(engine.jobs))
         writer = asyncio.create_task(engine.run(), name="engine")
         stopping = asyncio.create_task(stop.wait(), name="stop signal")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from fleetune.errors import ModelError
 from fleetune.model.lora import ADAPTER, AdaptedModel
 from fleetune.model.recipe import Recipe
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 
 STATE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -30,7 +29,7 @@ _DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A finished file: lower-case hex sha256 and size in bytes."""
+    """A finished file: lower-case hex BLAKE3 and size in bytes."""
 
     path: Path
     digest: str
@@ -62,7 +61,7 @@ def _blocks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[bytes | 
 def write_blocks(path: Path, blocks: Iterable[bytes | memoryview], durable: bool = True) -> WrittenFile:
     """Writes the blocks beside `path`, syncs if `durable`, and renames; the digest is taken on the way."""
     aside = path.with_name(f".{path.name}.part")
-    running = hashlib.sha256()
+    running = digests.running()
     size_bytes = 0
     try:
         with open(aside, "wb") as file:

@@ -147,7 +147,7 @@ class BlobRef(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    """Lower-case hex sha256 of the bytes. Set by whoever made the blob."""
+    """Lower-case hex BLAKE3 (256 bits) of the bytes. Set by whoever made the blob."""
     size_bytes: _builtins.int
     """Size in bytes; checked before memory or disk is taken."""
     def __init__(
@@ -201,7 +201,7 @@ class Base(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    """sha256 over the sorted "name NUL digest LF" lines of `files`: two folders with the same digest hold the same model."""
+    """BLAKE3 over the sorted "name NUL digest LF" lines of `files`: two folders with the same digest hold the same model."""
     hub_id: _builtins.str
     """Hub id (for example "org/name") where the job names one, else empty. Never a path."""
     revision: _builtins.str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -82,7 +81,7 @@ def safe_name(name: str) -> str:
 
 def base_digest(files: Iterable[BaseFile]) -> str:
     """Digest over the sorted "name NUL digest LF" lines."""
-    running = hashlib.sha256()
+    running = digests.running()
     for line in sorted(f"{file.name}\0{file.digest}\n" for file in files):
         running.update(line.encode())
     return running.hexdigest()

@@ -77,7 +77,7 @@ def is_loopback(host: str) -> bool:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """"host:port" or "[v6]:port" in its parts; ValueError says what is wrong."""
+    """ "host:port" or "[v6]:port" in its parts; ValueError says what is wrong."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"address {address!r} is not HOST:PORT with a port from 1 to 65535, for example 192.0.2.7:7433")

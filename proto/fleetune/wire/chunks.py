@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import sys
 from collections.abc import Iterable
@@ -76,6 +75,17 @@ def start_writeback(fd: int, begin: int, end: int) -> None:
         os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
+def check_space(folder: Path, digest: str, missing_bytes: int, reserve_bytes: int) -> None:
+    """DiskFullError where `missing_bytes` of a blob do not fit into `folder` beside what must stay free."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if missing_bytes and free < missing_bytes + reserve_bytes:
+        raise DiskFullError(
+            f"Blob {digest[:12]} needs {missing_bytes} more bytes and {reserve_bytes} in reserve; {folder} has {free} free.",
+            "Make room on that disk.",
+        )
+
+
 class Spool:
     """Assembles one blob at `path` from contiguous chunks; the file outlives a cut and is taken up again where it ended.
 
@@ -104,14 +114,14 @@ class Spool:
         if size_bytes <= 0 or (limit_bytes is not None and size_bytes > limit_bytes):
             allowed = f"1 to {limit_bytes}" if limit_bytes is not None else "1 or more"
             raise WireError(f"Blob {digest[:12]} declares {size_bytes} bytes; {allowed} are allowed here.")
-        self._hash = hashlib.sha256()
+        self._hash = digests.running()
         self._position = 0
         self._queued = 0
         self._writeback = writeback
         self._fd = _open_alone(path, digest)
         try:
             self._resume()
-            self._check_space(reserve_bytes)
+            check_space(path.parent, digest, size_bytes - self._position, reserve_bytes)
         except BaseException:
             self.close()
             raise
@@ -193,16 +203,6 @@ class Spool:
             held = 0
         if held:
             self._position = self._queued = digests.feed(self._hash.update, self._fd, held)
-
-    def _check_space(self, reserve_bytes: int) -> None:
-        disk = os.statvfs(self._fd)
-        free = disk.f_bavail * disk.f_frsize
-        missing = self.size_bytes - self._position
-        if missing and free < missing + reserve_bytes:
-            raise DiskFullError(
-                f"Blob {self.digest[:12]} needs {missing} more bytes and {reserve_bytes} in reserve; {self.path.parent} has {free} free.",
-                "Make room on that disk.",
-            )
 
     def _append(self, fresh: memoryview) -> None:
         written = 0

@@ -7,7 +7,6 @@ the tensors' bytes without gaps.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from fleetune.errors import WireError
+from fleetune.wire import digests
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
@@ -141,7 +141,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> by
 
 def trainables_digest(table: TensorTable) -> str:
     """Digest over names, dtypes and shapes alone: two sides that agree on it train the same tensors."""
-    running = hashlib.sha256()
+    running = digests.running()
     for spec in table.specs:
         running.update(f"{spec.name}\t{spec.dtype}\t{'x'.join(map(str, spec.shape))}\n".encode())
     return running.hexdigest()

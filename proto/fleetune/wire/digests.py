@@ -1,12 +1,17 @@
-"""Content addresses: lower-case hex sha256, checked before it becomes part of a path."""
+"""Content addresses: lower-case hex BLAKE3 (256 bits), checked before it becomes part of a path.
+
+BLAKE3 and not sha256, since every byte of a round is hashed three times and a board may have no sha256 instructions:
+docs/decisions/0004-blake3.md.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from blake3 import blake3
 
 from fleetune.errors import WireError
 
@@ -21,23 +26,28 @@ def check(digest: str) -> str:
     return digest
 
 
+def running() -> blake3:
+    """A digest to be fed by `update`; `hexdigest` gives the address. Releases the interpreter while it computes."""
+    return blake3()
+
+
 def of_bytes(data: bytes | bytearray | memoryview) -> str:
     """Digest of bytes in memory."""
-    return hashlib.sha256(data).hexdigest()
+    return blake3(data).hexdigest()
 
 
 def of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Digest of a file, read in slabs; `on_bytes` hears the length of each. OSError if the file cannot be read."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        running = hashlib.sha256()
-        feed(running.update, fd, os.fstat(fd).st_size, on_bytes)
-        return running.hexdigest()
+        hasher = blake3()
+        feed(hasher.update, fd, os.fstat(fd).st_size, on_bytes)
+        return hasher.hexdigest()
     finally:
         os.close(fd)
 
 
-def feed(update: Callable[[memoryview], None], fd: int, length_bytes: int, on_bytes: Callable[[int], None] | None = None) -> int:
+def feed(update: Callable[[memoryview], object], fd: int, length_bytes: int, on_bytes: Callable[[int], None] | None = None) -> int:
     """Give the first `length_bytes` of an open file to `update` slab by slab; returns the bytes really there."""
     slab = memoryview(bytearray(min(SLAB_BYTES, max(1, length_bytes))))
     done = 0

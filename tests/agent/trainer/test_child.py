@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from fleetune.methods.v1 import fedavg_lora_pb2
@@ -45,7 +45,7 @@ def test_a_child_trains_and_evaluates_what_it_learned(child: ChildClient, bert: 
     report = messages_pb2.UpdateReport.FromString(base64.b64decode(answer["report"]))
     details = fedavg_lora_pb2.FedavgLoraReport()
     assert report.payload.Unpack(details)
-    assert answer["digest"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert answer["digest"] == blake3(out.read_bytes()).hexdigest()
     assert (answer["size_bytes"], report.samples, details.steps) == (out.stat().st_size, 200, 25)
     assert details.last_loss < 0.5
     assert [event["done"] for event in child.events if event.get("stage") == "training"][-1] == 25

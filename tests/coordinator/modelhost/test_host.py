@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import peft
 import pytest
+from blake3 import blake3
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -45,7 +45,7 @@ def test_prepare_writes_an_adapter_that_peft_loads(host: ChildClient, bert: Path
     result = host.ask("prepare", **_fields(bert, tmp_path / "out"))["result"]
     state = tmp_path / "out" / "adapter_model.safetensors"
     peft.PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), str(tmp_path / "out"))
-    assert result["state_digest"] == hashlib.sha256(state.read_bytes()).hexdigest()
+    assert result["state_digest"] == blake3(state.read_bytes()).hexdigest()
     assert result["size_bytes"] == state.stat().st_size
     assert result["trainables_digest"] == codec.trainables_digest(codec.read_table(state))
     assert sorted(name for block in result["blocks"] for name in block) == sorted(load_file(state))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
+from blake3 import blake3
 
 from fleetune.coordinator.rounds.engine import SAMPLES_MAX
 from fleetune.coordinator.rounds.job import LiveJob
@@ -355,7 +355,7 @@ async def test_a_damaged_chunk_ends_the_stream_and_a_good_one_goes_on_from_there
 async def test_bytes_of_another_digest_are_thrown_away(coordinator: Coordinator, opened: Round) -> None:
     before = coordinator.blobs()
     header = opened.a.header(opened.task, opened.data)
-    header.blob.digest = hashlib.sha256(b"other").hexdigest()
+    header.blob.digest = blake3(b"other").hexdigest()
     assert await code_of(opened.a.upload(opened.task, opened.data, header=header)) == Status.INVALID_ARGUMENT
     assert coordinator.spooled() == []
     assert coordinator.blobs() == before
@@ -417,7 +417,7 @@ async def check_refused(coordinator: Coordinator, opened: Round, data: bytes, ki
     assert coordinator.blobs() == before
     assert coordinator.spooled() == []
     rows = await coordinator.engine._database.read(records.blob_digests)
-    assert hashlib.sha256(data).hexdigest() not in rows
+    assert blake3(data).hexdigest() not in rows
     assert (await opened.a.upload(opened.task, opened.data)).status == LATE
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 import zlib
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fleetune.coordinator.store import blobs
 from fleetune.coordinator.store.blobs import BlobStore
@@ -17,7 +17,7 @@ from fleetune.errors import DiskFullError, WireError
 from fleetune.v1 import blob_pb2, messages_pb2
 
 DATA = b"some bytes" * 100
-DIGEST = hashlib.sha256(DATA).hexdigest()
+DIGEST = blake3(DATA).hexdigest()
 REF = messages_pb2.BlobRef(digest=DIGEST, size_bytes=len(DATA))
 
 
@@ -38,7 +38,7 @@ def test_bytes_come_back_under_their_digest(store: BlobStore) -> None:
     assert store.put_bytes(DATA) == DIGEST
     assert store.put_bytes(DATA) == DIGEST
     store.sync()
-    assert store.path(DIGEST) == store.root / "blobs" / DIGEST[:2] / DIGEST
+    assert store.path(DIGEST) == store.root / "blobs" / DIGEST
     assert store.path(DIGEST).read_bytes() == DATA
     assert (store.has(DIGEST), store.size(DIGEST), store.verify(DIGEST)) == (True, len(DATA), True)
     assert list(store.digests()) == [DIGEST]
@@ -65,7 +65,7 @@ def test_another_result_of_the_same_task_starts_from_nothing(store: BlobStore) -
     first.add(chunk(0, 400))
     first.close()
     other = bytes(1000)
-    second = store.spool("task", messages_pb2.BlobRef(digest=hashlib.sha256(other).hexdigest(), size_bytes=1000))
+    second = store.spool("task", messages_pb2.BlobRef(digest=blake3(other).hexdigest(), size_bytes=1000))
     assert second.position == 0
     second.discard()
     assert store.spooled("unknown", REF) == 0
@@ -197,7 +197,7 @@ def test_one_sync_makes_several_blobs_durable(store: BlobStore, monkeypatch: pyt
     folders: list[Path] = []
     monkeypatch.setattr(blobs, "_fsync", folders.append)
     store.sync()
-    assert sorted(folders) == sorted({store.root / "blobs"} | {store.path(digest).parent for digest in store.digests()})
+    assert sorted(folders) == [store.root / "blobs"]
     folders.clear()
     store.sync()
     assert folders == []

@@ -13,7 +13,6 @@ Siblings: proto/fleetune/methods/v1/echo.proto, coordinator/fleetune/coordinator
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from typing import Any
@@ -27,7 +26,7 @@ from fleetune.child.entry import Emit
 from fleetune.errors import ModelError, UnsupportedError
 from fleetune.methods.v1 import echo_pb2
 from fleetune.v1 import messages_pb2
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 
 SLAB_BYTES = 1 << 20
 """Read, changed, hashed and written at once; small enough to stay in the processor's cache."""
@@ -54,7 +53,8 @@ def train(work: Work, emit: Emit) -> Trained:
     pace = Pace(emit, "training")
     total_bytes = sum(spec.size_bytes for spec in specs)
     done_bytes = 0
-    running = hashlib.sha256(header)
+    running = digests.running()
+    running.update(header)
     aside = work.out_path.with_name(f".{work.out_path.name}.part")
     slab: _Bytes = np.empty(SLAB_BYTES, np.uint8)
     source = os.open(work.state_path, os.O_RDONLY | os.O_CLOEXEC)

@@ -49,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished train task: the report, and sha256 (hex) and size of the update file."""
+    """A finished train task: the report, and BLAKE3 (hex) and size of the update file."""
 
     report: messages_pb2.UpdateReport
     digest: str

@@ -13,7 +13,6 @@ Siblings: proto/fleetune/methods/v1/echo.proto, agent/fleetune/agent/methods/ech
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.coordinator.rounds.optimizers import ServerOptimizer
 from fleetune.methods.v1 import echo_pb2
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 
 TENSOR_BYTES = 1 << 20
 """The state is cut into tensors of this size, as a real adapter has many."""
@@ -51,7 +50,8 @@ class Echo:
             specs.append(codec.TensorSpec(f"echo.{len(specs):05d}", "F32", (size // 4,), begin, begin + size))
             begin += size
         header = codec.build_header(specs, {"format": "pt"})
-        digest = hashlib.sha256(header)
+        digest = digests.running()
+        digest.update(header)
         with path.open("wb") as file:
             file.write(header)
             for spec_ in specs:

@@ -18,7 +18,6 @@ they are read and written in the same order as the state.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from fleetune.coordinator.rounds import slabs
 from fleetune.coordinator.rounds.optimizers import ServerOptimizer
 from fleetune.coordinator.rounds.slabs import Floats
 from fleetune.errors import NotFiniteError, WireError
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 from fleetune.wire.codec import TensorSpec, TensorTable
 
 Kind = Literal["delta", "state"]
@@ -103,7 +102,7 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
     """Facts of an update file whose every tensor must be one of `expected`, of its shape, in one wire dtype and finite.
 
     WireError names the tensor, what was found and what was expected; NaN and Inf are NotFiniteUpdateErrors, so `finite` is true of what
-    returns.
+    returns. The file may be renamed meanwhile.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -216,7 +215,7 @@ def _open_inputs(plan: FoldPlan, stack: contextlib.ExitStack) -> _Inputs:
     base_header = codec.read_header(base_fd)
     base = codec.parse_header(base_header, os.fstat(base_fd).st_size)
     # Devices of one method send one layout: equal headers share one table, or memory would grow with the number of devices.
-    seen: dict[tuple[bytes, int], int] = {}
+    seen: dict[tuple[str, int], int] = {}
     layouts: list[TensorTable] = []
     weights: list[int] = []
     inputs: list[_Input] = []
@@ -227,7 +226,7 @@ def _open_inputs(plan: FoldPlan, stack: contextlib.ExitStack) -> _Inputs:
             fd = _opened(contribution.path, stack if keep else once)
             header = codec.read_header(fd)
             file_size = os.fstat(fd).st_size
-            identity = (hashlib.sha256(header).digest(), file_size)
+            identity = (digests.of_bytes(header), file_size)
             if identity not in seen:
                 try:
                     table = codec.parse_header(header, file_size)

@@ -16,8 +16,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar, cast
@@ -41,6 +40,7 @@ from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
 from fleetune.errors import DiskFullError, FleetuneError, ModelError, WireError
 from fleetune.wire import codec
+from fleetune.workers import Workers
 
 log = logging.getLogger("fleetune.engine")
 
@@ -120,6 +120,21 @@ class _Batch:
     answers: list[tuple[asyncio.Future[Receipt], Receipt]] = field(default_factory=list[tuple[asyncio.Future[Receipt], Receipt]])
 
 
+_Deed = (
+    machine.Prepare
+    | machine.WithdrawTask
+    | machine.Fold
+    | machine.EvaluateHeldout
+    | machine.CommitRound
+    | machine.AbandonRound
+    | machine.EndJob
+)
+"""Every command but SendTask, which needs to know what else is sent."""
+
+_Assigned = dict[str, Mapping[str, Message]]
+"""Job id -> what its method assigned to the devices of the open round."""
+
+
 class Engine:
     """Owns every job. All its methods are called on the event loop; disk, fold and database work leave it."""
 
@@ -147,8 +162,8 @@ class Engine:
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(EVENTS_QUEUED_MAX)
         self._work: set[asyncio.Task[None]] = set()
         # One thread folds: it is bound by memory bandwidth, and two folds would only halve each other.
-        self._folder = ThreadPoolExecutor(1, thread_name_prefix="fold")
-        self._disk = ThreadPoolExecutor(2, thread_name_prefix="engine-disk")
+        self._folder = Workers("fold")
+        self._disk = Workers("engine-disk", 2)
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._submitting = asyncio.Lock()
@@ -210,8 +225,8 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         await self._host.close()
-        self._folder.shutdown(wait=True)
-        self._disk.shutdown(wait=True)
+        self._folder.close()
+        self._disk.close()
 
     # -- what operators ask
 
@@ -334,21 +349,35 @@ class Engine:
             await self.ask(job.job_id, machine.UpdateLate(task_id, digest))
         return Receipt("late", "the round is over or has gone on without this device")
 
-    async def take_update(self, task_id: str, device_id: str, update: Update, path: Path) -> Receipt:
-        """Check a received update against the job's tensors and count it. The blob is durable when this is called."""
+    async def take_update(self, task_id: str, device_id: str, update: Update, spooled: Path, storing: Awaitable[object]) -> Receipt:
+        """Check a received update against the job's tensors and count it, once `storing` has made its blob durable, or raise its error.
+
+        The check and the disk's flush take about as long and need different things, so they go side by side: `spooled` is where the bytes
+        lie until `storing` moves them to the blob's place.
+        """
         job = self.job_of_task(task_id)
         settled = await self.judge(task_id, device_id, update.blob.digest)
         if job is None or settled is not None:
+            await storing
             return settled or Receipt("refused", "unknown job")
+        table = await self._table(job)
+        places = (spooled, self.blobs.path(update.blob.digest))
+        failure, found = None, await asyncio.gather(self._on_disk(_inspected, places, table), storing, return_exceptions=True)
+        if isinstance(found[1], BaseException):
+            raise found[1]
+        facts = found[0]
         if not 0 < update.samples <= SAMPLES_MAX:
             message = f"the update's weight (samples) is {update.samples}; 1 to {SAMPLES_MAX} are allowed."
-            return await self._refuse(job, task_id, Failure("internal", "upload", message))
-        try:
-            facts = await self._on_disk(aggregate.inspect, path, await self._table(job))
-        except aggregate.NotFiniteUpdateError as error:
-            return await self._refuse(job, task_id, Failure("not_finite", "upload", str(error)))
-        except WireError as error:
-            return await self._refuse(job, task_id, Failure("model", "upload", str(error)))
+            failure = Failure("internal", "upload", message)
+        elif isinstance(facts, aggregate.NotFiniteUpdateError):
+            failure = Failure("not_finite", "upload", str(facts))
+        elif isinstance(facts, WireError):
+            failure = Failure("model", "upload", str(facts))
+        if failure is not None:
+            await self.ask(job.job_id, machine.TaskFailed(task_id, failure))
+            return Receipt("refused", failure.message)
+        if isinstance(facts, BaseException):
+            raise facts
         checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm)
         receipt = await self.ask(job.job_id, machine.UpdateArrived(task_id, checked))
         if receipt.status == "late":  # the round closed while the update was being checked
@@ -533,15 +562,17 @@ class Engine:
         for answer, receipt in batch.answers:
             if not answer.done():
                 answer.set_result(receipt)
+        assigned: _Assigned = {}
         for job, command in batch.commands:
-            self._carry_out(job, command)
+            if isinstance(command, machine.SendTask):
+                self._send(job, command, assigned)
+            else:
+                self._carry_out(job, command)
         for job in batch.jobs.values():
             job.touch()
 
-    def _carry_out(self, job: LiveJob, command: machine.Command) -> None:
+    def _carry_out(self, job: LiveJob, command: _Deed) -> None:
         match command:
-            case machine.SendTask():
-                self._send(job, command)
             case machine.WithdrawTask(task_id, device_id, reason):
                 if self._dispatcher is not None:
                     self._dispatcher.withdraw(device_id, task_id, reason)
@@ -565,11 +596,15 @@ class Engine:
                     task.cancel()
                 self._spawn(job, self._wrap_up(job), f"wrap up {job.job_id}")
 
-    def _send(self, job: LiveJob, command: machine.SendTask) -> None:
+    def _send(self, job: LiveJob, command: machine.SendTask, assigned: _Assigned) -> None:
         if self._dispatcher is None or job.machine.round is None:
             return
-        devices = sorted(t.device_id for t in job.machine.round.tasks.values() if t.kind == "train")
-        payload = job.method.assign(job.spec, RoundFacts(command.round_number, devices or [command.device_id]))
+        payload = assigned.get(job.job_id)
+        if payload is None:
+            # Once for all tasks of a batch: the method plans for the whole round.
+            devices = sorted(t.device_id for t in job.machine.round.tasks.values() if t.kind == "train")
+            payload = job.method.assign(job.spec, RoundFacts(command.round_number, devices or [command.device_id]))
+            assigned[job.job_id] = payload
         message = payload.get(command.device_id) or next(iter(payload.values()))
         deadline_s = max(0.1, command.deadline_unix_s - self._wall()) if command.deadline_unix_s > 0 else 0.0
         job.progress[command.task_id] = Progress(moved_monotonic_s=self._monotonic())
@@ -647,17 +682,16 @@ class Engine:
         return adapter.write(folder / "init", self.blobs, adapter.Adapter(source.job_id, source.spec, prepared, source.history[-1]))
 
     async def _fold(self, job: LiveJob, command: machine.Fold) -> None:
-        loop = asyncio.get_running_loop()
         stem = f"{job.job_id}-{command.round_number}-{uuid.uuid4().hex[:8]}"
         out, out_optimizer = self._scratch / f"{stem}.state", self._scratch / f"{stem}.optimizer"
         try:
-            result = await loop.run_in_executor(self._folder, self._fold_now, job, command, out, out_optimizer)
+            result = await self._folder.run(self._fold_now, job, command, out, out_optimizer)
             async with contextlib.AsyncExitStack() as kept:
                 found = ((out, result.digest), (out_optimizer, result.optimizer_digest))
                 files = [(path, digest) for path, digest in found if digest is not None]
                 for _, digest in files:
                     await kept.enter_async_context(self.keeping(digest))
-                await loop.run_in_executor(self._folder, self._store, files)
+                await self._folder.run(self._store, files)
                 optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes) if result.optimizer_digest is not None else None
                 coverage = min(result.coverage.values(), default=0)
                 outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm)
@@ -865,10 +899,6 @@ class Engine:
             return Receipt("late", "the job has ended")
         return await self.ask(job.job_id, event)
 
-    async def _refuse(self, job: LiveJob, task_id: str, failure: Failure) -> Receipt:
-        await self.ask(job.job_id, machine.TaskFailed(task_id, failure))
-        return Receipt("refused", failure.message)
-
     async def _table(self, job: LiveJob) -> codec.TensorTable:
         if job.table is None:
             assert job.machine.state is not None
@@ -877,7 +907,7 @@ class Engine:
 
     async def _on_disk(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """The one way from the event loop to blocking work that is neither database nor fold."""
-        return await asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments, **named))
+        return await self._disk.run(call, *arguments, **named)
 
     def _spawn(self, job: LiveJob, coroutine: Coroutine[object, object, None], name: str, stage: str = "") -> None:
         """Start work of a job. With a `stage`, the job stands on it: a bug there fails the job, which would else wait for ever."""
@@ -991,6 +1021,14 @@ def _failure(error: FleetuneError | OSError, stage: str) -> Failure:
 
 def _is_full(error: OperationalError) -> bool:
     return "database or disk is full" in str(error.orig)
+
+
+def _inspected(places: Sequence[Path], expected: codec.TensorTable) -> aggregate.UpdateFacts:
+    """Facts of the update that lies at the first of `places`, or on its way from there at the second."""
+    try:
+        return aggregate.inspect(places[0], expected)
+    except FileNotFoundError:
+        return aggregate.inspect(places[1], expected)
 
 
 def _same_or_other(known: str, digest: str) -> Receipt:

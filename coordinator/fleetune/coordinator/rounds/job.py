@@ -53,6 +53,8 @@ class LiveJob:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the job has ended and its last folder is written."""
 
+    _moved: tuple[int, int, int] = (0, 0, 0)
+
     @property
     def ended(self) -> bool:
         return self.machine.status in ENDED
@@ -61,6 +63,15 @@ class LiveJob:
     def needs(self) -> Needs:
         name = self.spec.data.name if self.method.needs_model else ""
         return Needs(self.method.name, name, frozenset(self.spec.devices.tags))
+
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes up and down of the committed rounds. Each round is summed up once: whoever watches a long job asks often."""
+        rounds, up, down = self._moved
+        for entry in self.history[rounds:]:
+            up += entry.upload_bytes()
+            down += entry.download_bytes()
+        self._moved = (len(self.history), up, down)
+        return up, down
 
     def touch(self) -> None:
         """Wake those who watch."""

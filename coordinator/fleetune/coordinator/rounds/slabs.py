@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.errors import DiskFullError, NotFiniteError, WireError
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 from fleetune.wire.chunks import WRITEBACK_BYTES, start_writeback
 
 Floats = npt.NDArray[np.float64]
@@ -41,7 +40,7 @@ class Output:
         # One name for every attempt: a fold that was killed leaves at most one file, which the next one replaces.
         self._aside = path.with_name(f"{path.name}.part")
         self._fd = -1
-        self._hash = hashlib.sha256()
+        self._hash = digests.running()
         self._block, self._spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
         self._filled = 0
         self._thread: ThreadPoolExecutor | None = None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
@@ -16,23 +13,28 @@ import grpc.aio
 from fleetune.coordinator.rounds.engine import Engine, Receipt
 from fleetune.coordinator.rpc import convert
 from fleetune.coordinator.rpc.streams import Patience, Readable
+from fleetune.coordinator.rpc.turns import Turns
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, WireError
 from fleetune.v1 import blob_pb2, messages_pb2
 from fleetune.waiting import happened
 from fleetune.wire import digests, frames
 from fleetune.wire.chunks import Spool, SpoolBusyError, read_chunk
+from fleetune.workers import Workers
 
 log = logging.getLogger("fleetune.blob")
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 IDLE_S = 60.0
 """A stream that moves nothing for so long is ended; the agent resumes where it was."""
 
-DOWNLOADS_AT_ONCE = 8
-"""Each holds a few chunks in memory; the others wait their turn, which costs no bandwidth."""
+DOWNLOADS_AT_ONCE = 3
+"""While they are quick: each holds a few chunks in memory, and a device that has its state early computes while others fetch theirs."""
+
+TRANSFERS_AT_MOST = 64
+"""In each direction, with those that are slow: about 4 MiB of memory each."""
+
+QUICK_S = 0.5
+"""A transfer that takes longer goes on without a place among the quick ones."""
 
 RESPONSES_AHEAD = 2
 """Chunks read in one turn of a disk thread while as many are being sent: a turn costs more than the reading."""
@@ -56,12 +58,12 @@ class BlobService:
     def __init__(self, engine: Engine, blobs: BlobStore, *, uploads_at_once: int, max_update_bytes: int, epoch: int) -> None:
         self._engine = engine
         self._blobs = blobs
-        self._uploads = asyncio.Semaphore(uploads_at_once)
-        self._downloads = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._uploads = Turns(uploads_at_once, max(uploads_at_once, TRANSFERS_AT_MOST), QUICK_S)
+        self._downloads = Turns(DOWNLOADS_AT_ONCE, TRANSFERS_AT_MOST, QUICK_S)
         self._max_update_bytes = max_update_bytes
         self._epoch = epoch
-        self._disk = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="blob-disk")
-        self._sync = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="blob-sync")
+        self._disk = Workers("blob-disk", DISK_THREADS)
+        self._sync = Workers("blob-sync", SYNC_THREADS)
         self.receiving = 0
         # By digest and offset; used by the disk threads. Two of them may compute one sum twice, which does no harm.
         self._sums: dict[tuple[str, int], int] = {}
@@ -73,11 +75,11 @@ class BlobService:
         await happened(self._idle, within_s)
 
     def close(self) -> None:
-        self._disk.shutdown(wait=True)
-        self._sync.shutdown(wait=True)
+        self._disk.close()
+        self._sync.close()
 
     async def Download(self, request: blob_pb2.DownloadRequest, context: grpc.aio.ServicerContext[blob_pb2.DownloadRequest, bytes]) -> None:
-        async with self._downloads:
+        async with self._downloads.one():
             try:
                 fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
             except WireError as error:
@@ -90,11 +92,11 @@ class BlobService:
                 if request.offset > size:
                     await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} in a blob of {size} bytes")
                 position = request.offset
-                ahead = self._on_disk(self._responses, request.digest, fd, position, size, first=True)
+                ahead = self._disk.run(self._responses, request.digest, fd, position, size, first=True)
                 with Patience(IDLE_S) as patience:
                     while ahead is not None:
                         responses, position = await asyncio.shield(ahead)
-                        ahead = self._on_disk(self._responses, request.digest, fd, position, size) if position < size else None
+                        ahead = self._disk.run(self._responses, request.digest, fd, position, size) if position < size else None
                         for response in responses:
                             await patience.on(context.write(response))
             except asyncio.TimeoutError:
@@ -165,7 +167,7 @@ class BlobService:
         spool: Spool | None = None
         try:
             # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
-            async with self._uploads:
+            async with self._uploads.one():
                 spool = await self._opened(header, arrived)
                 arrived.clear()
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
@@ -176,12 +178,12 @@ class BlobService:
                         await asyncio.shield(busy)
                         busy = None
                     if arrived and busy is None:
-                        busy, arrived = self._on_disk(spool.add_all, arrived), []
+                        busy, arrived = self._disk.run(spool.add_all, arrived), []
                 if busy is not None:
                     await asyncio.shield(busy)
                     busy = None
                 if arrived:
-                    busy = self._on_disk(spool.add_all, arrived)
+                    busy = self._disk.run(spool.add_all, arrived)
                     await asyncio.shield(busy)
                     busy = None
             if not spool.complete:
@@ -189,11 +191,9 @@ class BlobService:
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
                 )
             async with self._engine.keeping(spool.digest):
-                busy = asyncio.get_running_loop().run_in_executor(self._sync, self._blobs.adopt, spool)
-                digest = await asyncio.shield(busy)
-                receipt = await self._engine.take_update(
-                    header.task_id, header.device_id, convert.update(header), self._blobs.path(digest)
-                )
+                busy = self._sync.run(self._blobs.adopt, spool)
+                storing = asyncio.shield(busy)
+                receipt = await self._engine.take_update(header.task_id, header.device_id, convert.update(header), spool.path, storing)
             return self._answer(header, receipt)
         finally:
             if busy is not None:  # the thread has the spool in hand, also where this stream was cut
@@ -214,7 +214,7 @@ class BlobService:
                 raise
             return spool
 
-        opening = self._on_disk(opened)
+        opening = self._disk.run(opened)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:  # the stream was cut: what the thread is about to open must not stay open
@@ -237,9 +237,6 @@ class BlobService:
             messages.append(frames.encode_download(frames.Download(chunk, size if first and not messages else 0)))
             position += len(chunk.data)
         return messages or [frames.encode_download(frames.Download(None, size))], position
-
-    def _on_disk(self, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._disk, functools.partial(call, *arguments, **named))
 
     @staticmethod
     def _answer(header: blob_pb2.UploadHeader, receipt: Receipt) -> blob_pb2.UploadResponse:

@@ -131,7 +131,7 @@ def metrics(items: Iterable[messages_pb2.Metric]) -> Metrics:
 # --- to agents
 
 
-def task(order: Order) -> messages_pb2.Task:
+def task(order: Order, device_name: str) -> messages_pb2.Task:
     command, job = order.command, order.job
     prepared = job.machine.prepared
     assert prepared is not None
@@ -146,8 +146,8 @@ def task(order: Order) -> messages_pb2.Task:
         trainables_digest=prepared.trainables_digest,
         recipe=job.recipe,
         deadline_s=order.deadline_s,
-        # One seed a task: two devices must not shuffle alike.
-        seed=_seed(job.spec.seed, command.task_id),
+        # One seed a task: two devices must not shuffle alike. By name, since a device that is set up anew has another id.
+        seed=_seed(job.spec.seed, f"{command.round_number}/{device_name}"),
         keep_warm_s=job.spec.devices.keep_warm_s,
     )
     message.payload.Pack(order.payload)
@@ -187,6 +187,7 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
     elif state.status == "waiting" and waiting:
         message = f"{message} ({waiting})" if message else waiting
     open_round = state.round
+    up, down = job.moved_bytes()
     view = control_pb2.JobView(
         job_id=job.job_id,
         name=spec.name,
@@ -202,8 +203,8 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         ended_unix_s=state.ended_unix_s,
         best_round=state.best_round,
         metric=state.plan.metric,
-        upload_bytes=sum(e.upload_bytes() for e in job.history) + (open_round.upload_bytes() if open_round else 0),
-        download_bytes=sum(e.download_bytes() for e in job.history) + (open_round.download_bytes() if open_round else 0),
+        upload_bytes=up + (open_round.upload_bytes() if open_round else 0),
+        download_bytes=down + (open_round.download_bytes() if open_round else 0),
         failed_device=state.last_failure_device if state.status == "failed" else "",
         adapter_folder=folder,
         job_toml=job.toml if history else "",
@@ -303,5 +304,5 @@ def _metric_messages(found: Metrics) -> list[messages_pb2.Metric]:
     return [messages_pb2.Metric(name=name, value=value) for name, value in sorted(found.items())]
 
 
-def _seed(seed: int, task_id: str) -> int:
-    return (seed * 0x9E3779B1 + zlib.crc32(task_id.split("/", 1)[1].encode())) & 0x7FFFFFFF
+def _seed(seed: int, what: str) -> int:
+    return (seed * 0x9E3779B1 + zlib.crc32(what.encode())) & 0x7FFFFFFF

@@ -92,7 +92,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def send_task(self, order: Order) -> None:
         line = self.lines.get(order.command.device_id)
         if line is not None:
-            line.send(fleet_pb2.SessionResponse(task=convert.task(order)))
+            line.send(fleet_pb2.SessionResponse(task=convert.task(order, line.session.greeting.name)))
 
     def withdraw(self, device_id: str, task_id: str, reason: str) -> None:
         line = self.lines.get(device_id)

@@ -1,6 +1,7 @@
 """Blobs: bytes under their digest, each whole and durable or not there at all.
 
-Layout: `blobs/ab/abcd...` holds finished blobs (read-only files), `spool/` what is on its way. A blob is durable once it has been
+Layout: `blobs/abcd...` holds finished blobs (read-only files), `spool/` what is on its way. One flat folder, since every folder that a
+commit touched costs it an fsync, and file systems index the few thousand names well. A blob is durable once it has been
 adopted or put *and* `sync` has returned; several may share one `sync`.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import math
 import os
 import shutil
@@ -58,7 +58,7 @@ class BlobStore:
 
     def path(self, digest: str) -> Path:
         """Where the blob lies or would lie. WireError for what is not a digest."""
-        return self._blobs / digests.check(digest)[:2] / digest
+        return self._blobs / digests.check(digest)
 
     def has(self, digest: str) -> bool:
         return self.path(digest).is_file()
@@ -69,9 +69,8 @@ class BlobStore:
 
     def digests(self) -> Iterator[str]:
         """Digests of all blobs, in order."""
-        for shard in sorted(self._blobs.iterdir()):
-            for blob in sorted(shard.iterdir()):
-                yield blob.name
+        for blob in sorted(self._blobs.iterdir()):
+            yield blob.name
 
     def spool(self, key: str, ref: Addressed, limit_bytes: int | None = None) -> Spool:
         """Open or resume what arrives for `key` (any text, such as a task id). Errors as `Spool`.
@@ -94,10 +93,10 @@ class BlobStore:
 
     def adopt(self, spool: Spool) -> str:
         """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool."""
-        target = self._place(spool.digest)
+        target = self.path(spool.digest)
         spool.finish(fsync=True, move_to=target)
         target.chmod(READ_ONLY)
-        self._touch(target.parent)
+        self._touch()
         return spool.digest
 
     def put_file(self, path: Path, link: bool, digest: str | None = None) -> str:
@@ -107,18 +106,18 @@ class BlobStore:
         its mode stays as it is, since it may be somebody else's.
         """
         digest = digests.of_file(path) if digest is None else digests.check(digest)
-        target = self._place(digest)
+        target = self.path(digest)
         if link and _linked(path, target, self._aside()):
             _fsync(target)
         else:
             _copy(path, target, self._aside())
-        self._touch(target.parent)
+        self._touch()
         return digest
 
     def put_bytes(self, data: bytes) -> str:
         """Store bytes; returns their digest. DiskFullError leaves nothing behind."""
         digest = digests.of_bytes(data)
-        target = self._place(digest)
+        target = self.path(digest)
         aside = self._aside()
         with _removed_on_error(aside):
             fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, READ_ONLY)
@@ -130,7 +129,7 @@ class BlobStore:
             finally:
                 os.close(fd)
             os.replace(aside, target)
-        self._touch(target.parent)
+        self._touch()
         return digest
 
     def link_out(self, digest: str, target: Path) -> None:
@@ -157,7 +156,7 @@ class BlobStore:
             path.unlink()
         except FileNotFoundError:
             return False
-        self._touch(path.parent)
+        self._touch()
         return True
 
     def sync(self) -> None:
@@ -176,23 +175,11 @@ class BlobStore:
 
     def _spool_path(self, key: str, ref: Addressed) -> Path:
         # Hashed, because a key is text from the network.
-        return self._spool / hashlib.sha256(f"{key}\0{ref.digest}\0{ref.size_bytes}".encode("utf-8", "surrogatepass")).hexdigest()
+        return self._spool / digests.of_bytes(f"{key}\0{ref.digest}\0{ref.size_bytes}".encode("utf-8", "surrogatepass"))
 
-    def _place(self, digest: str) -> Path:
-        target = self.path(digest)
-        # Under the lock, so that who finds the folder there also finds it among the touched, or waits for the sync that took it.
+    def _touch(self) -> None:
         with self._touched_lock:
-            try:
-                target.parent.mkdir()
-            except FileExistsError:
-                pass  # the usual case
-            else:
-                self._touched.add(self._blobs)
-        return target
-
-    def _touch(self, folder: Path) -> None:
-        with self._touched_lock:
-            self._touched.add(folder)
+            self._touched.add(self._blobs)
 
     def _aside(self) -> Path:
         return self._spool / f"{uuid.uuid4().hex}.part"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +14,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from fleetune.coordinator.store import schema
 from fleetune.errors import ConfigError
+from fleetune.workers import Workers
 
 T = TypeVar("T")
 
@@ -28,9 +27,9 @@ class Database:
     def __init__(self, path: Path | None) -> None:
         """`path` None keeps everything in memory (tests)."""
         self._path = path
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="db-writer")
+        self._writer = Workers("db-writer")
         # An in-memory database is one connection: its readers take turns with the writer.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="db-reader") if path else self._writer
+        self._reader = Workers("db-reader") if path else self._writer
         self._engine = _engine(path)
 
     async def open(self) -> None:
@@ -50,7 +49,7 @@ class Database:
             with self._engine.begin() as tx:
                 return change(tx)
 
-        return await asyncio.get_running_loop().run_in_executor(self._writer, run)
+        return await self._writer.run(run)
 
     async def read(self, question: Callable[[Connection], T]) -> T:
         """Run `question` beside the writer, on the last committed state."""
@@ -59,13 +58,12 @@ class Database:
             with self._engine.connect() as connection:
                 return question(connection)
 
-        return await asyncio.get_running_loop().run_in_executor(self._reader, run)
+        return await self._reader.run(run)
 
     async def close(self) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, self._engine.dispose)
-        self._writer.shutdown(wait=True)
-        self._reader.shutdown(wait=True)
+        await self._writer.run(self._engine.dispose)
+        self._writer.close()
+        self._reader.close()
 
 
 def _engine(path: Path | None) -> Engine:

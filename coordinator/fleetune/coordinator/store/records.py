@@ -251,4 +251,3 @@ def _event_values(row: EventRow) -> dict[str, object]:
 
 def _device(row: Row[tuple[object, ...]]) -> DeviceRow:
     return DeviceRow(**row._mapping)  # pyright: ignore[reportPrivateUsage]  # SQLAlchemy's public name for it
-
