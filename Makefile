@@ -1,6 +1,6 @@
 # The same verbs for people and for CI. Every verb makes the virtual environment by itself if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-light check proto generate-proto bench wheel clean
+.PHONY: help setup demo test test-slow test-all test-light check proto generate-proto bench wheel clean
 
 VENV ?= .venv
 EXTRAS := coordinator,agent,train,torch-cpu,parquet,demo,dev
@@ -12,7 +12,8 @@ help:
 	@echo 'make setup    virtual environment in $(VENV) with everything (PYTHON=..., TORCH_INDEX=...)'
 	@echo 'make demo     a coordinator and three agents on this machine fine-tune MiniLM (DEMO_ARGS="--rounds 3")'
 	@echo 'make test     the tests, but for the slow ones (ARGS="tests/wire -k codec")'
-	@echo 'make test-all the slow ones too'
+	@echo 'make test-slow  the slow ones: fleets of real processes'
+	@echo 'make test-all both'
 	@echo 'make check    lint, types, import contracts, generated code'
 	@echo 'make test-light  the tests that need no torch, in an environment without it (PYTHON=python3.10)'
 	@echo 'make proto    code from the .proto files'
@@ -32,6 +33,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest -q -m 'not slow' $(ARGS)
+
+test-slow: $(READY)
+	@$(PY) -m pytest -q -m slow $(ARGS)
 
 test-all: $(READY)
 	@$(PY) -m pytest -q $(ARGS)

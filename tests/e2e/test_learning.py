@@ -189,7 +189,7 @@ def test_the_service_equals_the_same_rounds_in_one_process(fleet: Fleet, bert: P
 
     view = fleet.completed(text)
     service = load_file(fleet.published(view) / "adapter_model.safetensors")
-    devices = {fleet.devices()[name].device_id: rows / f"colours-{name}.jsonl" for name in (ONE, TWO)}
+    devices = {fleet.devices()[name].device_id: (name, rows / f"colours-{name}.jsonl") for name in (ONE, TWO)}
     expected = in_one_process(text, view.job_id, bert, devices, tmp_path)
 
     assert sorted(service) == sorted(expected)
@@ -197,7 +197,7 @@ def test_the_service_equals_the_same_rounds_in_one_process(fleet: Fleet, bert: P
         np.testing.assert_allclose(service[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def in_one_process(text: str, job_id: str, base: Path, devices: Mapping[str, Path], folder: Path) -> dict[str, np.ndarray]:
+def in_one_process(text: str, job_id: str, base: Path, devices: Mapping[str, tuple[str, Path]], folder: Path) -> dict[str, np.ndarray]:
     """The rounds of a job by the children's own functions and a plain weighted mean, without any service."""
     spec = jobspec.parse(text)
     recipe = recipes.recipe(spec)
@@ -211,14 +211,14 @@ def in_one_process(text: str, job_id: str, base: Path, devices: Mapping[str, Pat
         payload = METHOD.assign(spec, RoundFacts(number, list(devices)))
         total: dict[str, np.ndarray] = {}
         weights = 0
-        for device_id, train in devices.items():
+        for device_id, (name, train) in devices.items():
             command = machine.SendTask(f"{job_id}/{number}/{device_id}/train", device_id, "train", number, 1, initial, 0.0)
-            task = convert.task(Order(command, live, payload[device_id], 0.0))
+            task = convert.task(Order(command, live, payload[device_id], 0.0), name)
             out = folder / f"{number}-{device_id}"
-            work = Work(task, base, state, out, DeviceData(DataFile(train, None), None), Limits(1, "cpu", None))
+            work = Work(task, base, state, out, DeviceData(DataFile(train, None), None), Limits(1, "auto", None))
             samples = device_side.train(work, lambda *_, **__: None).report.samples
-            for name, delta in load_file(out).items():
-                total[name] = total.get(name, 0.0) + samples * delta.astype(np.float64)
+            for tensor_name, delta in load_file(out).items():
+                total[tensor_name] = total.get(tensor_name, 0.0) + samples * delta.astype(np.float64)
             weights += samples
         folded = {name: (tensor + total[name] / weights).astype(np.float32) for name, tensor in load_file(state).items()}
         state = folder / f"state-{number}.safetensors"
