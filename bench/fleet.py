@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,16 +20,57 @@ TAIL_BYTES = 2000
 
 
 class Fleet:
-    """Used with `async with`: ready when entered, and everything has ended when left, also after Ctrl-C."""
+    """Used with `async with`: ready when entered, and everything has ended when left, also after Ctrl-C.
 
-    def __init__(self, folder: Path, agents: int) -> None:
+    `options` are further ones of `serve`; `route` gets the coordinator's address and gives the one that agents dial.
+    """
+
+    def __init__(
+        self, folder: Path, agents: int, *, options: Sequence[str] = (), route: Callable[[str], Awaitable[str]] | None = None
+    ) -> None:
         self._folder = folder
         self._count = agents
+        self._options = tuple(options)
+        self._route = route
+        self._dialled = ""
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._agents: list[subprocess.Popen[bytes]] = []
         self.address = ""
         self.started_s = 0.0
         """By the monotonic clock, just before the coordinator was started."""
+
+    @property
+    def state_dir(self) -> Path:
+        """The coordinator's."""
+        return self._folder / "coordinator"
+
+    def log_of(self, agent: int) -> Path:
+        """Where an agent writes, over all its starts."""
+        return self._folder / f"{_name(agent)}.log"
+
+    async def start_coordinator(self) -> None:
+        """Start it, on the port that it had before, and wait until it is ready."""
+        address = self.state_dir / "address"
+        address.unlink(missing_ok=True)  # a killed one leaves it behind
+        serve = ["fleetune.coordinator.cli", "serve", "--listen", self.address or "127.0.0.1:0", "--state-dir", str(self.state_dir)]
+        self._coordinator = self._start("coordinator", [*serve, *self._options])
+        self.address = await self._address(address)
+
+    def kill_coordinator(self) -> None:
+        """SIGKILL, and gone when this returns."""
+        assert self._coordinator is not None
+        self._coordinator.kill()
+        self._coordinator.wait()
+
+    def replace_agent(self, number: int) -> None:
+        """SIGKILL, and started again at once."""
+        self._agents[number].kill()
+        self._agents[number].wait()
+        self._agents[number] = self._start_agent(number)
+
+    def _start_agent(self, number: int) -> subprocess.Popen[bytes]:
+        run = ["fleetune.agent.cli", "run", "--coordinator", self._dialled, "--name", _name(number)]
+        return self._start(_name(number), [*run, "--state-dir", str(self._folder / _name(number))])
 
     @property
     def coordinator(self) -> int:
@@ -42,14 +84,10 @@ class Fleet:
     async def __aenter__(self) -> Fleet:
         self.started_s = time.monotonic()
         try:
-            state = self._folder / "coordinator"
-            serve = ["fleetune.coordinator.cli", "serve", "--listen", "127.0.0.1:0", "--state-dir", str(state)]
-            self._coordinator = self._start("coordinator", serve)
-            self.address = await self._address(state / "address")
+            await self.start_coordinator()
+            self._dialled = await self._route(self.address) if self._route is not None else self.address
             for number in range(self._count):
-                name = f"bench-{number:03d}"
-                run = ["fleetune.agent.cli", "run", "--coordinator", self.address, "--name", name]
-                self._agents.append(self._start(name, [*run, "--state-dir", str(self._folder / name)]))
+                self._agents.append(self._start_agent(number))
         except BaseException:
             self.end()
             raise
@@ -60,7 +98,7 @@ class Fleet:
 
     def check(self) -> None:
         """RuntimeError with the end of its log where a process has ended."""
-        names = ["coordinator", *(f"bench-{number:03d}" for number in range(len(self._agents)))]
+        names = ["coordinator", *(_name(number) for number in range(len(self._agents)))]
         for name, process in zip(names, [self._coordinator, *self._agents], strict=True):
             if process is not None and process.poll() is not None:
                 text = (self._folder / f"{name}.log").read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
@@ -83,7 +121,7 @@ class Fleet:
 
     def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         kept = {variable: value for variable, value in os.environ.items() if not variable.startswith("FLEETUNE_")}
-        with (self._folder / f"{name}.log").open("wb") as log:
+        with (self._folder / f"{name}.log").open("ab") as log:
             # A session of its own: Ctrl-C reaches this process only, which ends the others in order.
             return subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log, env=kept, start_new_session=True)
 
@@ -95,6 +133,10 @@ class Fleet:
                 raise RuntimeError(f"the coordinator was not ready within {READY_S:g} s")
             await asyncio.sleep(LOOK_S)
         return address
+
+
+def _name(agent: int) -> str:
+    return f"bench-{agent:03d}"
 
 
 def _text(file: Path) -> str:

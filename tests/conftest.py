@@ -15,11 +15,16 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import pytest_asyncio
 
 TESTS = Path(__file__).parent
+
+# A busy machine is no bug: hypothesis would count the time of each example.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 # ---------------------------------------------------------------------------------------------------- tests that need torch
 

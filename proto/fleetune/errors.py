@@ -42,6 +42,10 @@ class DiskFullError(FleetuneError):
     """No space left where the state lies."""
 
 
+class DurabilityError(FleetuneError):
+    """A flush to disk failed: nothing is known of what was written since the last one, so the process must end."""
+
+
 class UnreachableError(FleetuneError):
     """The other side does not answer."""
 

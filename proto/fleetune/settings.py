@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleetune import tomltext
-from fleetune.complaints import Complaint, did_you_mean, shown
+from fleetune.complaints import SHOWN_CHARACTERS_MAX, Complaint, did_you_mean, shown
 from fleetune.errors import ConfigError
 
 Value = str | int | float | bool | Path | tuple[str, ...]
 
+_NUMBER_MAX = 2**63 - 1
 _DEPTH_MAX = 4
 """No table here is deeper; dotted keys could otherwise nest thousands of levels."""
 
@@ -195,8 +196,12 @@ def variable(prefix: str, row: Setting) -> str:
 
 
 def dotted(path: Sequence[str]) -> str:
-    """The path as TOML writes it: parts that are no bare keys in quotes."""
-    return ".".join(part if part and all((c.isalnum() and c.isascii()) or c in "_-*" for c in part) else shown(part) for part in path)
+    """The path as TOML writes it: parts that are no bare keys in quotes, and those that are very long shortened."""
+    return ".".join(part if _is_bare(part) else shown(part) for part in path)
+
+
+def _is_bare(part: str) -> bool:
+    return 0 < len(part) <= SHOWN_CHARACTERS_MAX and all((c.isalnum() and c.isascii()) or c in "_-*" for c in part)
 
 
 def reference(table: Sequence[Setting], environment_prefix: str) -> str:
@@ -313,7 +318,10 @@ def _why_wrong(row: Setting, value: object) -> str:
     if row.kind is Kind.SWITCH:
         return "" if isinstance(value, bool) else row.allowed
     if row.kind in (Kind.INTEGER, Kind.NUMBER):
-        if isinstance(value, bool) or not isinstance(value, int if row.kind is Kind.INTEGER else (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int if row.kind is Kind.INTEGER else (int, float)):
+            return row.allowed
+        # No float holds a whole number of hundreds of digits, and TOML knows how to write one.
+        if abs(value) > _NUMBER_MAX if isinstance(value, int) else not math.isfinite(value):
             return row.allowed
         too_small = row.minimum is not None and value < row.minimum
         too_large = row.maximum is not None and value > row.maximum

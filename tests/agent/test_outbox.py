@@ -25,7 +25,7 @@ def outbox(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Outbox]:
 
 
 def written(outbox: Outbox, task_id: str = "job/1/device/train", lease: int = 1, data: bytes = DATA) -> Update:
-    path = outbox.path_for(task_id, lease)
+    path = outbox.path_for(task_id, lease, 1)
     path.write_bytes(data)
     return Update(task_id, lease, 1, Blob(blake3(data).hexdigest(), len(data)), path.name, b"report")
 
@@ -99,7 +99,7 @@ def test_files_without_a_row_are_removed_at_recovery_also_half_written_ones(outb
 
 
 def test_another_lease_of_a_task_has_another_file(outbox: Outbox) -> None:
-    assert outbox.path_for("t1", 1) != outbox.path_for("t1", 2)
+    assert len({outbox.path_for("t1", 1, 1), outbox.path_for("t1", 2, 1), outbox.path_for("t1", 1, 2)}) == 3
 
 
 def test_what_was_put_is_there_after_the_process_was_killed(tmp_path: Path) -> None:

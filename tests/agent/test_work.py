@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -55,10 +53,10 @@ def test_the_same_task_and_lease_twice_changes_nothing() -> None:
 
 
 def test_a_newer_lease_of_the_running_task_is_adopted_and_its_result_goes_under_it() -> None:
-    state, commands = after(work.Received(task(lease=1)), work.Received(task(lease=3, epoch=2)))
+    state, commands = after(work.Received(task(lease=1)), work.Received(task(lease=3)))
     assert commands == ()
     _, commands = after(work.Ended("t1", update(lease=1)), state=state)
-    assert commands == (work.Deliver(replace(update(lease=3), epoch=2), fresh=True),)
+    assert commands == (work.Deliver(update(lease=3), fresh=True),)
 
 
 def test_an_older_lease_of_the_running_task_is_ignored() -> None:
@@ -132,6 +130,34 @@ def test_cancelling_a_waiting_task_removes_it() -> None:
 def test_cancelling_a_finished_task_stops_its_upload() -> None:
     _, commands = after(work.Received(task()), work.Ended("t1", update()), work.CancelAsked("t1"))
     assert commands == (work.Forget(update()),)
+
+
+def test_a_task_of_another_epoch_takes_the_place_of_the_running_one_of_the_same_id() -> None:
+    state, commands = after(work.Received(task(lease=7)), work.Received(task(lease=3, epoch=2)))
+    assert commands == (work.Stop("t1"),)
+    assert state.queue == (task(lease=3, epoch=2),)
+    _, commands = after(work.Ended("t1", update(lease=7)), state=state)
+    assert commands == (work.Forget(update(lease=7)), work.Start(task(lease=3, epoch=2)))
+
+
+def test_a_task_of_another_epoch_takes_the_place_of_the_waiting_one_of_the_same_id() -> None:
+    state, commands = after(work.Received(task("t0")), work.Received(task(lease=7)), work.Received(task(lease=3, epoch=2)))
+    assert commands == ()
+    assert state.queue == (task(lease=3, epoch=2),)
+
+
+def test_a_result_is_never_carried_over_into_another_epoch() -> None:
+    for lease in (3, 9):
+        state, _ = after(work.Recovered((update(lease=7),)))
+        _, commands = after(work.Received(task(lease=lease, epoch=2)), state=state)
+        assert commands == (work.Forget(update(lease=7)), work.Start(task(lease=lease, epoch=2)))
+
+
+def test_a_task_that_ended_in_another_epoch_is_run_again_under_its_id() -> None:
+    state, _ = after(work.Received(task(lease=7)), work.Ended("t1", update(lease=7)), receipted(lease=7))
+    assert after(work.Received(task(lease=7)), state=state)[1] == ()
+    _, commands = after(work.Received(task(lease=3, epoch=2)), state=state)
+    assert commands == (work.Start(task(lease=3, epoch=2)),)
 
 
 def test_tasks_are_refused_with_the_owner_s_reason_while_the_device_is_not_available() -> None:

@@ -59,7 +59,10 @@ async def run(fleet: Fleet, *words: str) -> int:
 
 def test_every_expected_verb_is_there() -> None:
     expected = {"serve", "submit", "validate", "watch", "jobs", "devices", "cancel", "pause", "resume", "export", "logs", "report"}
-    assert expected | {"completion", "demo", "version", "health"} == set(VERBS)
+    assert expected | {"completion", "demo", "version", "health", "gc", "audit", "backup", "restore", "check"} == set(VERBS)
+
+
+OFFLINE = {"serve", "validate", "completion", "demo", "version", "backup", "restore", "check"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -68,7 +71,7 @@ def test_help_of_every_verb_has_examples_and_exit_codes(verb: str, capsys: Captu
     text = capsys.readouterr().out
     assert f"fleetune {verb}" in text.partition("Examples:")[2]
     assert "Exit codes:" in text
-    assert "3 coordinator unreachable" in text or verb in {"serve", "validate", "completion", "demo", "version"}
+    assert "3 coordinator unreachable" in text or verb in OFFLINE
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -182,6 +185,17 @@ def test_completion_is_a_script_for_the_shell(shell: str, capsys: Captured) -> N
     assert "_FLEETUNE_COMPLETE" in capsys.readouterr().out
 
 
+async def test_audit_tells_who_asked_for_what(fleet: Fleet, capsys: Captured) -> None:
+    fleet.audit = [
+        pb.AuditEntry(sequence=1, unix_s=1.0, actor="ipv4:192.0.2.7:5", action="cancel", subject="7f3a", outcome="done", detail="late")
+    ]
+    assert await run(fleet, "audit") == ExitCode.OK
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("ipv4:192.0.2.7:5", "cancel", "7f3a", "done", "late"))
+    assert await run(fleet, "audit", "--json", "--limit", "1") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["entries"][0]["action"] == "cancel"
+
+
 async def test_submit_prints_the_id_of_the_new_job(fleet: Fleet, job_file: Path, capsys: Captured) -> None:
     assert await run(fleet, "submit", str(job_file)) == ExitCode.OK
     assert "7f3a21c9" in capsys.readouterr().out
@@ -237,6 +251,40 @@ async def test_cancel_hands_the_reason_on(fleet: Fleet, capsys: Captured) -> Non
     assert await run(fleet, "cancel", "last", "--reason", "wrong data", "--json") == ExitCode.OK
     document = json.loads(capsys.readouterr().out)
     assert (document["state"], document["message"]) == ("cancelled", "wrong data")
+
+
+async def test_gc_says_what_went_and_what_would_go(fleet: Fleet, capsys: Captured) -> None:
+    assert await run(fleet, "gc") == ExitCode.OK
+    assert capsys.readouterr().out == "nothing to clear away\n"
+    fleet.garbage = pb.CollectGarbageResponse(blobs=3, blob_bytes=3 << 20, folders=2, folder_bytes=2048, rows=1)
+    assert await run(fleet, "gc", "--dry-run") == ExitCode.OK
+    expected = "would clear away 3 blobs (3.0 MiB), 2 round folders (2.0 KiB), 1 records of missing blobs: 3.0 MiB\n"
+    assert capsys.readouterr().out == expected
+    assert await run(fleet, "gc", "--json") == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    assert (document["dry_run"], document["blobs"], document["spools"]) == (False, 3, 0)
+    assert [request.dry_run for request in fleet.collected] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "keep", "older_s"),
+    [
+        ([], 0, 0.0),
+        (["--keep-rounds", "2"], 2, 0.0),
+        (["--jobs-older-than", "30d"], 1, 30 * 86400.0),
+        (["--keep-rounds", "2", "--jobs-older-than", "12h"], 2, 12 * 3600.0),
+    ],
+)
+async def test_gc_trims_as_asked(fleet: Fleet, words: list[str], keep: int, older_s: float) -> None:
+    assert await run(fleet, "gc", *words) == ExitCode.OK
+    (request,) = fleet.collected
+    assert (request.keep_rounds, request.jobs_older_than_s) == (keep, older_s)
+
+
+@pytest.mark.parametrize("age", ["30", "d", "-1d", "1.5h", "30 d", "1y", ""])
+def test_an_age_that_is_none_is_a_usage_error(age: str, capsys: Captured) -> None:
+    assert main(["gc", "--jobs-older-than", age]) == ExitCode.USAGE
+    assert "such as 12h or 30d" in capsys.readouterr().err
 
 
 async def test_jobs_and_devices_and_logs_are_tables(fleet: Fleet, capsys: Captured) -> None:

@@ -150,3 +150,13 @@ def test_a_32_bit_userland_is_refused_even_under_a_64_bit_kernel() -> None:
 
 def test_this_python_is_accepted() -> None:
     require_64bit()
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 2**63])
+def test_a_whole_number_that_no_float_holds_is_a_complaint(number: int) -> None:
+    assert [complaint.path for complaint in read({"rate": number}).complaints] == ["rate"]
+
+
+def test_a_complaint_about_a_name_of_thousands_of_characters_stays_short() -> None:
+    (complaint,) = read({"x" * 5000: 1}).complaints
+    assert len(complaint.path) <= SHOWN_CHARACTERS_MAX

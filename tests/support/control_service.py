@@ -34,6 +34,9 @@ class Fleet:
     """What a watch sends; then it goes on with the job in `jobs`, without its history as long as it runs."""
     devices: list[control_pb2.DeviceView] = field(default_factory=list[control_pb2.DeviceView])
     logs: list[control_pb2.LogLine] = field(default_factory=list[control_pb2.LogLine])
+    garbage: control_pb2.CollectGarbageResponse = field(default_factory=control_pb2.CollectGarbageResponse)
+    collected: list[control_pb2.CollectGarbageRequest] = field(default_factory=list[control_pb2.CollectGarbageRequest])
+    audit: list[control_pb2.AuditEntry] = field(default_factory=list[control_pb2.AuditEntry])
     complaints: list[control_pb2.Complaint] = field(default_factory=list[control_pb2.Complaint])
     blobs: dict[str, bytes] = field(default_factory=dict[str, bytes])
     adapter: dict[str, bytes] = field(default_factory=dict[str, bytes])
@@ -140,6 +143,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no device is called {request.device_name!r}")
         lines = [line for line in self.fleet.logs if request.device_name in ("", line.device_name)]
         return control_pb2.GetLogsResponse(lines=lines)
+
+    async def CollectGarbage(self, request: control_pb2.CollectGarbageRequest, context: Context) -> control_pb2.CollectGarbageResponse:
+        self.fleet.collected.append(request)
+        return self.fleet.garbage
+
+    async def ListAudit(self, request: control_pb2.ListAuditRequest, context: Context) -> control_pb2.ListAuditResponse:
+        return control_pb2.ListAuditResponse(entries=self.fleet.audit[-request.limit :])
 
 
 class BlobService(blob_pb2_grpc.BlobServiceServicer):

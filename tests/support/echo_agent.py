@@ -82,13 +82,13 @@ class EchoAgent:
 
     # -- the session
 
-    async def connect(self, held: Mapping[str, int] | None = None) -> EchoAgent:
-        """Dial and say Hello; returns with `welcome` or `refusal` set. `held` maps task ids to stages."""
+    async def connect(self, held: Mapping[str, int] | None = None, epoch: int = 0) -> EchoAgent:
+        """Dial and say Hello; returns with `welcome` or `refusal` set. `held` maps task ids to stages; all are of `epoch`."""
         self._channel = channel.open_channel(self.address)
         self._blobs = blob_pb2_grpc.BlobServiceStub(self._channel)
         del self.hello.held[:]
         for task_id, stage in (held or {}).items():
-            self.hello.held.add(task_id=task_id, lease=1, stage=fleet_pb2.HeldStage.ValueType(stage))
+            self.hello.held.add(task_id=task_id, lease=1, stage=fleet_pb2.HeldStage.ValueType(stage), epoch=epoch)
         self.welcome = self.refusal = None
         self.ended.clear()
         self._call = fleet_pb2_grpc.FleetServiceStub(self._channel).Session()
@@ -200,9 +200,9 @@ class EchoAgent:
         made.MergeFrom(blob_pb2.UploadHeader(**changes))  # type: ignore[arg-type]  # the header's own fields
         return made
 
-    async def status(self, task: messages_pb2.Task, data: bytes) -> blob_pb2.UploadStatusResponse:
+    async def status(self, task: messages_pb2.Task, data: bytes, epoch: int = 0) -> blob_pb2.UploadStatusResponse:
         header = self.header(task, data)
-        request = blob_pb2.UploadStatusRequest(device_id=header.device_id, task_id=header.task_id, blob=header.blob)
+        request = blob_pb2.UploadStatusRequest(device_id=header.device_id, task_id=header.task_id, blob=header.blob, epoch=epoch)
         return await self._blobs.UploadStatus(request, timeout=ANSWER_S)
 
     async def upload(

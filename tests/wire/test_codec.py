@@ -236,3 +236,9 @@ def test_a_flipped_byte_in_the_header_is_a_table_or_a_wire_error(data: st.DataOb
         codec.parse_header(bytes(raw), len(raw) + 19)
     except WireError:
         return
+
+
+@pytest.mark.parametrize("shape", [(10**17, 10**17, 0), (0, 10**17, 10**17)])
+def test_a_shape_that_overflows_beside_a_zero_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WireError, match="no array"):
+        codec.pack([("x", "F32", shape)])

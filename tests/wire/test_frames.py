@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,3 +78,15 @@ def test_two_chunks_in_a_message_are_refused() -> None:
     raw = frames.encode_upload(frames.Upload(None, frames.chunk_of(0, b"a")))
     with pytest.raises(WireError, match="two chunks"):
         frames.decode_upload(raw + raw)
+
+
+@pytest.mark.parametrize(
+    "tag", [b"\x00", b"\x07", b"\x80\x00", b"\x80\x80\x80\x80\x10", b"\xff" * 9 + b"\x01", b"\xb0\x80\x80\x80\x80\x00"]
+)
+def test_a_field_number_that_protobuf_does_not_know_is_refused_inside_a_chunk(tag: bytes) -> None:
+    inside = tag + b"\x00"
+    raw = b"\x12" + bytes((len(inside),)) + inside
+    with pytest.raises(DecodeError):
+        blob_pb2.UploadRequest.FromString(raw)
+    with pytest.raises(WireError):
+        frames.decode_upload(raw)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fleetune import settings
 from fleetune.agent import identity
 from fleetune.agent.limits import HoursError, Limits, hours_window
-from fleetune.complaints import Complaint, ComplaintsError
+from fleetune.complaints import Complaint, ComplaintsError, shown
 from fleetune.settings import Kind, Setting
 
 ENVIRONMENT_PREFIX = "FLEETUNE_AGENT_"
@@ -280,7 +280,10 @@ def _data_complaints(found: settings.Settings) -> Sequence[Complaint]:
             if file is not None and not place.format and file.suffix.lower().lstrip(".") not in FORMATS and f"{path}.format" not in wrong:
                 complaints.append(
                     Complaint(
-                        f"{path}.{part}", str(file), "a file ending in .jsonl, .csv or .parquet", f"Set {path}.format to the file's format."
+                        f"{path}.{part}",
+                        shown(file.name),
+                        "a file ending in .jsonl, .csv or .parquet",
+                        f"Set {path}.format to the file's format.",
                     )
                 )
     return complaints

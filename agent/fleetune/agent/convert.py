@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fleetune.agent.domain import (
     Base,
     Blob,
@@ -26,6 +28,10 @@ IDENTIFIER_CHARS_MAX = 512
 BASE_FILES_MAX = 1024
 # SQLite's integers are signed.
 INTEGER_MAX = 2**63 - 1
+# What settings of the other side allow at the most; a clock must never be asked for NaN, infinity or a century.
+HEARTBEAT_S_MAX = 300.0
+LEASE_S_MAX = 86_400.0
+KEEP_WARM_S_MAX = 86_400.0
 
 _FAILURE_KINDS = {
     FailureKind.DATA: messages_pb2.FAILURE_KIND_DATA,
@@ -82,7 +88,7 @@ def task(message: messages_pb2.Task, epoch: int) -> Task:
         data_name=message.recipe.data.name,
         base=_base(message.base) if message.HasField("base") else None,
         state=_blob(message.state) if message.HasField("state") else None,
-        keep_warm_s=max(0.0, message.keep_warm_s),
+        keep_warm_s=_within(message.keep_warm_s, 0.0, KEEP_WARM_S_MAX, 0.0),
         encoded=message.SerializeToString(),
     )
 
@@ -95,11 +101,11 @@ def receipt(message: messages_pb2.Receipt) -> Receipt:
 
 def welcome(message: fleet_pb2.Welcome) -> Welcome:
     """The coordinator's wishes, held within what makes sense."""
-    heartbeat_s = min(max(message.heartbeat_s or 5.0, 0.05), 300.0)
+    heartbeat_s = _within(message.heartbeat_s, 0.05, HEARTBEAT_S_MAX, 5.0)
     chunk_bytes = message.chunk_bytes or chunks.CHUNK_BYTES
     return Welcome(
         heartbeat_s=heartbeat_s,
-        lease_s=max(message.lease_s or 3 * heartbeat_s, 2 * heartbeat_s),
+        lease_s=_within(message.lease_s, 2 * heartbeat_s, LEASE_S_MAX, 3 * heartbeat_s),
         epoch=message.epoch,
         chunk_bytes=min(max(chunk_bytes, chunks.MIN_CHUNK_BYTES), chunks.CHUNK_BYTES),
         coordinator_version=message.coordinator_version,
@@ -108,7 +114,7 @@ def welcome(message: fleet_pb2.Welcome) -> Welcome:
 
 def outcome(result: Evaluated | Failed | Refused) -> fleet_pb2.TaskOutcome:
     """The end of a task that sends no tensors."""
-    message = fleet_pb2.TaskOutcome(task_id=result.task_id, lease=result.lease)
+    message = fleet_pb2.TaskOutcome(task_id=result.task_id, lease=result.lease, epoch=result.epoch)
     if isinstance(result, Evaluated):
         message.evaluation.ParseFromString(result.evaluation)
     elif isinstance(result, Refused):
@@ -142,15 +148,26 @@ def progress(task_id: str, lease: int, stage: str, done: int, total: int, loss: 
     return fleet_pb2.TaskProgress(task_id=task_id, lease=lease, stage=word, done=max(0, done), total=max(0, total), loss=loss)
 
 
+def _within(seconds: float, least: float, most: float, unset: float) -> float:
+    """The seconds of a message, held within bounds; `unset` where there are none, or NaN."""
+    return min(max(seconds, least), most) if seconds and not math.isnan(seconds) else unset
+
+
 def _blob(message: messages_pb2.BlobRef) -> Blob:
-    return Blob(digests.check(message.digest), message.size_bytes)
+    return Blob(digests.check(message.digest), _size(message))
+
+
+def _size(message: messages_pb2.BlobRef) -> int:
+    if message.size_bytes > INTEGER_MAX:
+        raise WireError(f"Blob {message.digest[:12]} has the size {message.size_bytes}; {INTEGER_MAX} is the most.")
+    return message.size_bytes
 
 
 def _base(message: messages_pb2.Base) -> Base:
     if not 0 < len(message.files) <= BASE_FILES_MAX:
         raise WireError(f"Base {message.digest[:12]} lists {len(message.files)} files; 1 to {BASE_FILES_MAX} are allowed.")
     files = tuple(
-        basefiles.BaseFile(basefiles.safe_name(file.name), digests.check(file.blob.digest), file.blob.size_bytes) for file in message.files
+        basefiles.BaseFile(basefiles.safe_name(file.name), digests.check(file.blob.digest), _size(file.blob)) for file in message.files
     )
     if basefiles.base_digest(files) != digests.check(message.digest):
         raise WireError(f"Base {message.digest[:12]} lists files that do not make up this digest.")

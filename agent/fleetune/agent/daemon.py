@@ -183,10 +183,13 @@ class Daemon:
         await self._look_at_limits()
         state = self._state
         held = [
-            fleet_pb2.HeldTask(task_id=task.task_id, lease=task.lease, stage=fleet_pb2.HELD_STAGE_RUNNING) for task in state.unfinished()
+            fleet_pb2.HeldTask(task_id=task.task_id, lease=task.lease, stage=fleet_pb2.HELD_STAGE_RUNNING, epoch=task.epoch)
+            for task in state.unfinished()
         ]
         held += [
-            fleet_pb2.HeldTask(task_id=kept.result.task_id, lease=kept.result.lease, stage=fleet_pb2.HELD_STAGE_FINISHED)
+            fleet_pb2.HeldTask(
+                task_id=kept.result.task_id, lease=kept.result.lease, stage=fleet_pb2.HELD_STAGE_FINISHED, epoch=kept.result.epoch
+            )
             for kept in state.kept
         ]
         return fleet_pb2.Hello(

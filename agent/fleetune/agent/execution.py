@@ -116,13 +116,13 @@ class Execution:
     threads: int
     cache: Cache
     trainer: Trainer
-    out_path: Callable[[str, int], Path]
+    out_path: Callable[[str, int, int], Path]
 
     async def run(self, task: Task, on_progress: OnProgress, on_lines: Callable[[list[str]], None]) -> Result:
         """The task's result; a Failed says what went wrong. Raises only CancelledError, and then nothing of the task goes on."""
         relay, progress = LogRelay(on_lines), Throttle(on_progress)
         stage = "fetch"
-        out_path = self.out_path(task.task_id, task.lease) if task.kind is TaskKind.TRAIN else None
+        out_path = self.out_path(task.task_id, task.lease, task.epoch) if task.kind is TaskKind.TRAIN else None
         done = False
         try:
             data = self._data(task)

@@ -72,9 +72,9 @@ class Outbox:
             _set_aside(self._database, aside)
             self._connection = _open(self._database)
 
-    def path_for(self, task_id: str, lease: int) -> Path:
-        """Where the child writes the update of this task and lease."""
-        name = digests.of_bytes(f"{task_id}\0{lease}".encode())[:32]
+    def path_for(self, task_id: str, lease: int, epoch: int) -> Path:
+        """Where the child writes the update of this task and lease, which another epoch may have, too."""
+        name = digests.of_bytes(f"{task_id}\0{lease}\0{epoch}".encode())[:32]
         return self.folder / (name + UPDATE_SUFFIX)
 
     def path_of(self, update: Update) -> Path:
@@ -93,7 +93,8 @@ class Outbox:
     def delete(self, result: Result) -> None:
         """Forget a result, first its row and then its file. Nothing happens where it is gone already, or another took its place."""
         with self._transaction() as connection:
-            connection.execute("DELETE FROM results WHERE task_id = ? AND lease <= ?", (result.task_id, result.lease))
+            own = (result.task_id, result.epoch, result.lease)
+            connection.execute("DELETE FROM results WHERE task_id = ? AND epoch = ? AND lease <= ?", own)
         if isinstance(result, Update):
             self.path_of(result).unlink(missing_ok=True)
 

@@ -324,7 +324,7 @@ class _Refused(Exception):
     def __init__(self, refusal: fleet_pb2.Refusal) -> None:
         super().__init__(refusal.message or fleet_pb2.RefusalKind.Name(refusal.kind))
         self.kind = refusal.kind
-        self.retry_after_s = refusal.retry_after_s
+        self.retry_after_s = max(0.0, refusal.retry_after_s)  # NaN becomes 0, too
 
 
 class _Pulse:

@@ -119,7 +119,7 @@ class Uplink:
 
     async def _status(self, update: Update) -> blob_pb2.UploadStatusResponse:
         blob = messages_pb2.BlobRef(digest=update.blob.digest, size_bytes=update.blob.size_bytes)
-        request = blob_pb2.UploadStatusRequest(device_id=self._device_id, task_id=update.task_id, blob=blob)
+        request = blob_pb2.UploadStatusRequest(device_id=self._device_id, task_id=update.task_id, blob=blob, epoch=update.epoch)
         call = self._stub.UploadStatus(request, timeout=CALL_DEADLINE_S)
         try:
             return await call

@@ -2,6 +2,9 @@
 
 One task runs at a time; further ones queue. A result is kept until its receipt, whatever happens to the connection. Everything
 may arrive twice: a task is known by task_id and lease, a receipt by task_id and the lease under which its result was sent.
+
+All of this holds within an epoch. A coordinator that an operator has restored from a backup hands out task ids again, for other work: a
+task of another epoch takes the place of what is held under its id, and no result is carried over.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ class State:
     queue: tuple[Task, ...] = ()
     running: Running | None = None
     kept: tuple[Kept, ...] = ()
-    # (task_id, lease) of ended tasks, newest last.
-    recent: tuple[tuple[str, int], ...] = ()
+    # (task_id, epoch, lease) of ended tasks, newest last.
+    recent: tuple[tuple[str, int, int], ...] = ()
 
     def unfinished(self) -> tuple[Task, ...]:
         """Tasks that run or wait to, but not one that is being stopped."""
@@ -195,8 +198,13 @@ def _known(state: State) -> list[str]:
 
 
 def _received(state: State, task: Task) -> Step:
-    if any(task_id == task.task_id and lease >= task.lease for task_id, lease in state.recent):
+    if any((task_id, epoch) == (task.task_id, task.epoch) and lease >= task.lease for task_id, epoch, lease in state.recent):
         return state, ()
+    if any(epoch != task.epoch for epoch in _epochs(state, task.task_id)):
+        # Of before the restore, or the same id could not be told apart. Its result would be refused.
+        state, ended = _cancelled(state, task.task_id)
+        state, begun = _received(state, task)
+        return state, ended + begun
 
     running = state.running
     if running is not None and not running.stopping and running.task.task_id == task.task_id:
@@ -215,7 +223,7 @@ def _received(state: State, task: Task) -> Step:
             # The coordinator repeats what it did not see the end of: so does the agent.
             return state, (Deliver(kept.result, fresh=False),)
         if isinstance(kept.result, (Update, Evaluated)):
-            adopted = replace(kept.result, lease=task.lease, epoch=task.epoch)
+            adopted = replace(kept.result, lease=task.lease)
             changed = tuple(replace(other, result=adopted) if other is kept else other for other in state.kept)
             return replace(state, kept=changed), (Deliver(adopted, fresh=False),)
         # A failure or refusal under an older lease: the coordinator wants another try.
@@ -242,12 +250,12 @@ def _admit(state: State, task: Task) -> Step:
 def _cancelled(state: State, task_id: str) -> Step:
     running = state.running
     if running is not None and running.task.task_id == task_id and not running.stopping:
-        state = _remember(replace(state, running=replace(running, stopping=True)), running.task.task_id, running.task.lease)
+        state = _remember(replace(state, running=replace(running, stopping=True)), running.task)
         return state, (Stop(task_id),)
     for task in state.queue:
         if task.task_id == task_id:
             state = replace(state, queue=tuple(other for other in state.queue if other is not task))
-            return _remember(state, task.task_id, task.lease), ()
+            return _remember(state, task), ()
     for kept in state.kept:
         if kept.result.task_id == task_id:
             return _forget(state, kept)
@@ -265,7 +273,7 @@ def _ended(state: State, event: Ended) -> Step:
         commands = (Forget(result),)
     elif result is not None:
         # The lease may have been renewed while the task ran.
-        result = replace(result, lease=running.task.lease, epoch=running.task.epoch)
+        result = replace(result, lease=running.task.lease)
         state, commands = _keep(state, result)
     state, more = _advance(state)
     return state, commands + more
@@ -312,11 +320,17 @@ def _keep(state: State, result: Result) -> Step:
 
 def _forget(state: State, kept: Kept) -> Step:
     state = replace(state, kept=tuple(other for other in state.kept if other is not kept))
-    return _remember(state, kept.result.task_id, kept.result.lease), (Forget(kept.result),)
+    return _remember(state, kept.result), (Forget(kept.result),)
 
 
-def _remember(state: State, task_id: str, lease: int) -> State:
-    return replace(state, recent=(*state.recent, (task_id, lease))[-RECENT_MAX:])
+def _remember(state: State, ended: Task | Result) -> State:
+    return replace(state, recent=(*state.recent, (ended.task_id, ended.epoch, ended.lease))[-RECENT_MAX:])
+
+
+def _epochs(state: State, task_id: str) -> list[int]:
+    """Of whatever is held under this id."""
+    held = [*state.unfinished(), *(kept.result for kept in state.kept)]
+    return [one.epoch for one in held if one.task_id == task_id]
 
 
 def _newer(held: Task, received: Task) -> Task:

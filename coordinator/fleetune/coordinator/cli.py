@@ -32,6 +32,8 @@ DEFAULT_ADDRESS = "127.0.0.1:7433"
 ADDRESS_VARIABLE = "FLEETUNE_COORDINATOR"
 DEBUG_VARIABLE = "FLEETUNE_DEBUG"
 
+PROGRESS_S = 2.0
+
 PLAIN_WIDTH = 120
 """Columns of a table that goes into a file or a pipe, where COLUMNS does not say otherwise."""
 
@@ -93,6 +95,16 @@ def asks(function: F) -> F:
     """Options of every verb that asks a coordinator."""
     function = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")(function)
     return click.option("--coordinator", metavar="HOST:PORT", help=f"Where the coordinator listens (or {ADDRESS_VARIABLE}).")(function)
+
+
+def _age_s(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A span of time such as 90m, 12h or 30d in seconds."""
+    if value is None:
+        return None
+    number, unit_s = value[:-1], {"m": 60.0, "h": 3600.0, "d": 86400.0}.get(value[-1:])
+    if unit_s is None or not (number.isascii() and number.isdecimal()) or len(number) > 6:
+        raise click.BadParameter(f"{value!r} is no age; a whole number with m, h or d is needed, such as 12h or 30d.", context, parameter)
+    return int(number) * unit_s
 
 
 _ASKING = (ExitCode.UNREACHABLE, ExitCode.REFUSED)
@@ -421,6 +433,46 @@ def export(
     return _run(context, coordinator, run)
 
 
+@cli.command(
+    cls=Verb,
+    examples=["fleetune gc --dry-run", "fleetune gc", "fleetune gc --keep-rounds 1 --jobs-older-than 30d"],
+    codes=_ASKING,
+)
+@click.option(
+    "--keep-rounds", type=click.IntRange(1), help="Ended jobs keep so many of their last rounds, and the best; all the rest goes."
+)
+@click.option(
+    "--jobs-older-than", callback=_age_s, metavar="AGE", help="Trim only jobs that ended longer ago, such as 12h or 30d; alone: to 1 round."
+)
+@click.option("--dry-run", is_flag=True, help="Count, remove nothing.")
+@asks
+@click.pass_context
+def gc(
+    context: click.Context, keep_rounds: int | None, jobs_older_than: float | None, dry_run: bool, coordinator: str | None, as_json: bool
+) -> int:
+    """Clear away what no running job and no kept adapter needs.
+
+    Without options that is what crashes and broken uploads have left. What a running job needs, and the last and the best
+    adapter of every job, always stay.
+    """
+    keep = keep_rounds or (1 if jobs_older_than is not None else 0)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import listing
+        from fleetune.coordinator.jsonview import message_json
+
+        found = await client.collect_garbage(keep_rounds=keep, jobs_older_than_s=jobs_older_than or 0.0, dry_run=dry_run)
+        if as_json:
+            document: dict[str, Json] = {"dry_run": dry_run}
+            document.update(message_json(found))
+            _print_json(document)
+        else:
+            _say(listing.garbage(found, dry_run=dry_run))
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
 # --- the fleet -------------------------------------------------------------------------------------------------------
 
 
@@ -472,6 +524,110 @@ def health(context: click.Context, coordinator: str | None, as_json: bool) -> in
     return _run(context, coordinator, run)
 
 
+@cli.command(
+    cls=Verb, examples=["fleetune audit", "fleetune audit --limit 20", "fleetune audit --json | jq '.entries[].action'"], codes=_ASKING
+)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many of the newest.")
+@asks
+@click.pass_context
+def audit(context: click.Context, limit: int, coordinator: str | None, as_json: bool) -> int:
+    """Say who asked the coordinator for what, and what became of it.
+
+    Submits, cancels, pauses, resumes and restores, the newest last.
+    """
+    console = _console(context)
+
+    async def run(client: Client) -> int:
+        from fleetune.coordinator import listing
+        from fleetune.coordinator.jsonview import message_json
+
+        found = await client.audit(limit)
+        if as_json:
+            _print_json({"entries": [message_json(entry) for entry in found]})
+        elif found:
+            console.print(listing.audit(found))
+        else:
+            _say("nobody has asked for anything yet")
+        return ExitCode.OK
+
+    return _run(context, coordinator, run)
+
+
+# --- backups ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    cls=Verb,
+    examples=[
+        "fleetune backup fleetune-state /mnt/usb/fleetune-monday.tar",
+        "fleetune backup /var/lib/fleetune fleetune.tar --json",
+    ],
+    codes=(ExitCode.MACHINE,),
+)
+@click.argument("state_dir", metavar="STATE_DIR", type=click.Path(path_type=Path))
+@click.argument("target", metavar="TARGET.tar", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def backup(state_dir: Path, target: Path, as_json: bool) -> int:
+    """Write a coordinator's jobs, rounds, devices and blobs into one file.
+
+    Works beside a running coordinator, which is not disturbed, and on a stopped one. The file is whole and on disk, or it is
+    not there; every digest is checked on the way. Spooled uploads are not in it: devices send those again.
+    """
+    from fleetune.coordinator import backup as backups
+    from fleetune.coordinator.figures import bytes_text
+
+    made = backups.make(state_dir, target, _progress("copied", as_json))
+    if as_json:
+        facts: dict[str, Json] = {"target": str(made.target), "made_unix_s": made.manifest.made_unix_s, "epoch": made.manifest.epoch}
+        _print_json({**facts, "files": len(made.manifest.files), "size_bytes": made.size_bytes})
+    else:
+        _say(f"{made.target}: {len(made.manifest.files)} files, {bytes_text(made.size_bytes)}")
+    return ExitCode.OK
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune restore /mnt/usb/fleetune-monday.tar fleetune-state", "fleetune restore fleetune.tar /var/lib/fleetune --json"],
+    codes=(ExitCode.MACHINE,),
+)
+@click.argument("archive", metavar="ARCHIVE.tar", type=click.Path(path_type=Path))
+@click.argument("state_dir", metavar="STATE_DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def restore(archive: Path, state_dir: Path, as_json: bool) -> int:
+    """Make a coordinator's state_dir out of a backup.
+
+    STATE_DIR has to be empty or not there. It is whole, with every digest checked, or it is left as it was. What devices did after
+    the backup is refused: the restored coordinator works in an epoch of its own, and open rounds are run again.
+    """
+    from fleetune.coordinator import restore as restoring
+
+    done = restoring.restore(archive, state_dir, _progress("restored", as_json))
+    if as_json:
+        facts: dict[str, Json] = {"state_dir": str(done.state_dir), "made_unix_s": done.manifest.made_unix_s, "epoch": done.epoch}
+        _print_json({**facts, "files": len(done.manifest.files)})
+    else:
+        _say(f"{done.state_dir}: {len(done.manifest.files)} files, epoch {done.epoch}; `fleetune serve --state-dir {state_dir}` runs it")
+    return ExitCode.OK
+
+
+def _progress(done_word: str, silent: bool) -> Callable[[int, int], None]:
+    """A line on standard error every two seconds, the first after two."""
+    import time
+
+    from fleetune.coordinator.figures import bytes_text
+
+    last_s = time.monotonic()
+
+    def hear(done: int, total: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if not silent and now_s - last_s >= PROGRESS_S:
+            last_s = now_s
+            sys.stderr.write(f"{done_word} {bytes_text(done)} of {bytes_text(total)}\n")
+
+    return hear
+
+
 # --- the tool itself -------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +649,34 @@ def completion(shell: str) -> int:
         raise UnsupportedError(f"no completion for {shell}.", "Choose bash, zsh or fish.")
     _say(script(cli, {}, "fleetune", "_FLEETUNE_COMPLETE").source())
     return ExitCode.OK
+
+
+@cli.command(
+    cls=Verb,
+    examples=["fleetune check ~/.local/state/fleetune", "fleetune check STATE_DIR --json | jq '.violations[].rule'"],
+    codes=(ExitCode.UNSOUND,),
+)
+@click.argument("state_dir", metavar="STATE_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--receipts", metavar="FILE", type=click.Path(path_type=Path), help="JSON lines of task_id, digest and status, as devices got them."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def check(state_dir: Path, receipts: Path | None, as_json: bool) -> int:
+    """Judge the history that a stopped coordinator has left in its state_dir.
+
+    Reads the database and every blob, and changes nothing: accepted updates are in their rounds, once and with their weights; rounds
+    follow each other without a gap; the stored events lead to the stored state; files have the digests they are named by.
+    """
+    from dataclasses import asdict
+
+    from fleetune.coordinator.history import reader
+
+    found = reader.examine(state_dir, receipts)
+    if as_json:
+        _print_json({"sound": not found, "violations": [asdict(violation) for violation in found]})
+    else:
+        _say("\n".join(str(violation) for violation in found) or f"{state_dir} is sound")
+    return ExitCode.UNSOUND if found else ExitCode.OK
 
 
 @cli.command(cls=Verb, examples=["fleetune version", "fleetune version --json"])

@@ -28,6 +28,9 @@ from fleetune.wire import checksums, digests, frames
 UNARY_DEADLINE_S = 10.0
 """Every unary call of the API is answered from memory or SQLite: longer means that nobody answers."""
 
+COLLECT_DEADLINE_S = 600.0
+"""Clearing away is the exception: thousands of files on a slow disk take their time."""
+
 RECONNECT_S = 60.0
 """How long a watch waits for a coordinator that restarts."""
 
@@ -133,6 +136,16 @@ class Client:
         """What the training children of a job wrote."""
         request = control_pb2.GetLogsRequest(job_id=job, device_name=device_name)
         return list((await self._unary(self._control.GetLogs(request, timeout=UNARY_DEADLINE_S))).lines)
+
+    async def collect_garbage(self, *, keep_rounds: int, jobs_older_than_s: float, dry_run: bool) -> control_pb2.CollectGarbageResponse:
+        """Remove, or with `dry_run` only count, what no running job and no kept adapter needs."""
+        request = control_pb2.CollectGarbageRequest(dry_run=dry_run, keep_rounds=keep_rounds, jobs_older_than_s=jobs_older_than_s)
+        return await self._unary(self._control.CollectGarbage(request, timeout=COLLECT_DEADLINE_S))
+
+    async def audit(self, limit: int = 0) -> list[control_pb2.AuditEntry]:
+        """What operators asked for, the newest last; `limit` 0 takes all that an answer holds."""
+        request = control_pb2.ListAuditRequest(limit=limit)
+        return list((await self._unary(self._control.ListAudit(request, timeout=UNARY_DEADLINE_S))).entries)
 
     async def watch(self, job: str, on_trouble: Callable[[str], None] | None = None) -> AsyncIterator[control_pb2.JobView]:
         """The job with its history now and after each change, until it has ended.

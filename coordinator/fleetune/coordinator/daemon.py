@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fleetune import allocator, logs
+from fleetune.coordinator import room
 from fleetune.coordinator.config import CoordinatorConfig
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.registry import Registry, names_of
@@ -46,6 +47,8 @@ _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((fleet_pb2, "FleetService"), (blob_pb2, "BlobService"), (control_pb2, "ControlService"))
 )
+
+_UPLOADS = blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name
 
 
 def main(config: CoordinatorConfig) -> int:
@@ -119,6 +122,9 @@ async def running(
         blobs.clean_spool(SPOOL_KEPT_S)
         devices = await database.read(records.load_devices)
         epoch = await database.read(lambda connection: int(records.read_meta(connection, "epoch") or "1"))
+        restored = await database.read(lambda connection: records.read_meta(connection, records.RESTORED_KEY))
+        if restored is not None:
+            log.warning("running from a restored state: %s; results of other epochs than %d are refused", restored, epoch)
         registry = Registry(config.lease_s, dict(names_of((d.device_id, d.name) for d in devices)))
         settings = Settings(config.state_dir, config.keep_rounds, config.parallel_jobs, absent_grace_s=config.lease_s)
         engine = Engine(settings, database, blobs, registry, ModelHost())
@@ -140,9 +146,12 @@ async def running(
             await server.start()
             for name in ("", *_SERVICES):
                 await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+            looking = asyncio.create_task(room.watch(engine, blobs, health_service, _UPLOADS), name="room on the disk")
             try:
                 yield server, engine, fleet, blob_service, health_service, port
             finally:
+                looking.cancel()
+                await asyncio.gather(looking, return_exceptions=True)
                 await server.stop(grace=0)
                 blob_service.close()
         finally:

@@ -13,10 +13,12 @@ TaskKind = Literal["train", "evaluate"]
 TaskStatus = Literal["assigned", "done", "failed", "refused", "missed"]
 EvaluationSource = Literal["devices", "heldout", "none"]
 
+UpdateKind = Literal["delta", "state"]
+
 Metrics = dict[str, float]
 
 FailureKind = Literal[
-    "data", "model", "out_of_memory", "not_finite", "disk_full", "crash", "unsupported", "transfer", "internal", "stalled"
+    "data", "model", "out_of_memory", "not_finite", "disk_full", "crash", "unsupported", "transfer", "internal", "stalled", "norm"
 ]
 LASTING: frozenset[FailureKind] = frozenset({"data", "model", "unsupported"})
 """Failures that the same task would meet again on the same device."""
@@ -58,6 +60,8 @@ class Update:
     seconds: Metrics = field(default_factory=dict[str, float])
     peak_rss_bytes: int = 0
     norm: float = 0.0
+    kind: UpdateKind = "state"
+    """Only deltas are held to a norm: a state may be of any size."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class RoundEntry:
     evaluation_rows: int = 0
     late: int = 0
     update_norm: float = 0.0
+    norm_limit: float = 0.0
+    """The largest norm that a device's update may have; 0 is no bound. Fixed when the round is opened."""
     ended_unix_s: float = 0.0
 
     def trained(self) -> list[TaskEntry]:

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     JOB_CANCELLED = 6
     REFUSED = 7
     MACHINE = 8
+    UNSOUND = 9
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -31,6 +32,7 @@ MEANINGS: dict[ExitCode, str] = {
     ExitCode.JOB_CANCELLED: "the job was cancelled",
     ExitCode.REFUSED: "refused by the coordinator",
     ExitCode.MACHINE: "this machine cannot do it: port taken, disk full, a package or model missing",
+    ExitCode.UNSOUND: "what was checked is not sound",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C)",
     ExitCode.TERMINATED: "terminated (SIGTERM)",
 }

@@ -207,6 +207,13 @@ class RoundsSection(Section):
     early_stop_min_delta: float = Field(
         default=0.0, ge=0, le=1000, description="A metric is better only if it is better by more than this."
     )
+    update_norm_bound: float = Field(
+        default=10.0,
+        ge=0,
+        le=1_000_000,
+        description="A device's update may be this many times as large (Euclidean norm) as the median of the last three committed rounds; "
+        "a larger one is refused, and the third quarantines its device for the job. 0 allows any size.",
+    )
 
 
 class DevicesSection(Section):

@@ -81,6 +81,37 @@ def log_lines(lines: Sequence[pb.LogLine]) -> Text:
     return text
 
 
+def audit(entries: Sequence[pb.AuditEntry]) -> RenderableType:
+    """One row for each thing asked, in the order given."""
+    table = _table("time", "who", "asked for", "about", "outcome", Column("", overflow="fold"))
+    for entry in entries:
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.unix_s))
+        style = "yellow" if entry.outcome == "refused" else "green"
+        cells = [entry.actor, entry.action, entry.subject or "-"]
+        table.add_row(Text(clock, style="dim"), *(Text(cell) for cell in cells), Text(entry.outcome, style=style), Text(entry.detail))
+    return table
+
+
 def _table(*heads: str | Column) -> Table:
     columns = [head if isinstance(head, Column) else Column(head, no_wrap=True, overflow="ellipsis") for head in heads]
     return Table(*columns, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def garbage(found: pb.CollectGarbageResponse, *, dry_run: bool) -> str:
+    """One sentence: what went, or would go, and how much room that gives."""
+    parts = [
+        f"{count} {what} ({bytes_text(size)})"
+        for count, what, size in (
+            (found.blobs, "blobs", found.blob_bytes),
+            (found.folders, "round folders", found.folder_bytes),
+            (found.spools, "broken uploads", found.spool_bytes),
+            (found.damaged, "damaged blobs", found.damaged_bytes),
+        )
+        if count
+    ]
+    if found.rows:
+        parts.append(f"{found.rows} records of missing blobs")
+    if not parts:
+        return "nothing to clear away"
+    freed = bytes_text(found.blob_bytes + found.folder_bytes + found.spool_bytes + found.damaged_bytes)
+    return f"{'would clear away' if dry_run else 'cleared away'} {', '.join(parts)}: {freed}"

@@ -10,9 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from fleetune.errors import FleetuneError
+from fleetune.child import answers
+from fleetune.errors import FleetuneError, WireError
 
 LINE_BYTES_MAX = 1 << 20
 """One JSON line; larger ones are a bug of the child."""
@@ -115,26 +115,22 @@ class ChildProcess:
         try:
             await _write(process.stdin, json.dumps({"id": request_id, "op": op, **fields}).encode() + b"\n")
             while True:
-                line = await process.stdout.readline()
+                line = await _line(process.stdout)
                 if not line:
                     raise ChildDied(await self._death())
-                answer = json.loads(line)
-                if answer.get("id") != request_id:
-                    continue
-                if "result" in answer:
-                    result = answer["result"]
-                    assert isinstance(result, dict)
-                    return cast("dict[str, object]", result)
-                if "error" in answer:
-                    error = answer["error"]
-                    raise ChildError(
-                        str(error.get("kind", "internal")),
-                        str(error.get("stage", "")),
-                        str(error.get("message", "")),
-                        str(error.get("traceback", "")),
-                    )
-                if on_event is not None:
-                    on_event(answer)
+                match answers.read(line, request_id):
+                    case answers.Result(fields=result):
+                        return result
+                    case answers.Error(kind, stage, message, traceback):
+                        raise ChildError(kind, stage, message, traceback)
+                    case answers.Event(fields=event) if on_event is not None:
+                        on_event(event)
+                    case _:
+                        pass
+        except WireError as error:
+            # Whatever it says next would be half of something.
+            await self.stop(grace_s=0.0)
+            raise ChildError("internal", op, str(error), "") from error
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChildDied(await self._death()) from error
         except asyncio.CancelledError:
@@ -207,6 +203,13 @@ async def _write(pipe: asyncio.StreamWriter, data: bytes) -> None:
         # What uvloop raises, and asyncio's own loop does not, for a pipe whose other end is gone already.
         raise BrokenPipeError(str(error)) from error
     await pipe.drain()
+
+
+async def _line(pipe: asyncio.StreamReader) -> bytes:
+    try:
+        return await pipe.readline()
+    except ValueError as error:
+        raise WireError(f"The child process sent a line of more than {LINE_BYTES_MAX} bytes.") from error
 
 
 def _oom_kills() -> int:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fleetune.v1 import messages_pb2 as fleetune_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66leetune/v1/blob.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"I\n\x10\x44ownloadResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.Chunk\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xaf\x01\n\x0cUploadHeader\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.UpdateReport\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"]\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.fleetune.v1.UploadHeader\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fleetune.v1.Chunk\"7\n\x0eUploadResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.Receipt\"]\n\x13UploadStatusRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\"\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\"M\n\x14UploadStatusResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.Receipt2\xf2\x01\n\x0b\x42lobService\x12I\n\x08\x44ownload\x12\x1c.fleetune.v1.DownloadRequest\x1a\x1d.fleetune.v1.DownloadResponse0\x01\x12S\n\x0cUploadStatus\x12 .fleetune.v1.UploadStatusRequest\x1a!.fleetune.v1.UploadStatusResponse\x12\x43\n\x06Upload\x12\x1a.fleetune.v1.UploadRequest\x1a\x1b.fleetune.v1.UploadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66leetune/v1/blob.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"I\n\x10\x44ownloadResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.Chunk\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xaf\x01\n\x0cUploadHeader\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.UpdateReport\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"]\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.fleetune.v1.UploadHeader\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fleetune.v1.Chunk\"7\n\x0eUploadResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.Receipt\"l\n\x13UploadStatusRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\"\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"M\n\x14UploadStatusResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.Receipt2\xf2\x01\n\x0b\x42lobService\x12I\n\x08\x44ownload\x12\x1c.fleetune.v1.DownloadRequest\x1a\x1d.fleetune.v1.DownloadResponse0\x01\x12S\n\x0cUploadStatus\x12 .fleetune.v1.UploadStatusRequest\x1a!.fleetune.v1.UploadStatusResponse\x12\x43\n\x06Upload\x12\x1a.fleetune.v1.UploadRequest\x1a\x1b.fleetune.v1.UploadResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,9 +45,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADRESPONSE']._serialized_start=520
   _globals['_UPLOADRESPONSE']._serialized_end=575
   _globals['_UPLOADSTATUSREQUEST']._serialized_start=577
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=670
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=672
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=749
-  _globals['_BLOBSERVICE']._serialized_start=752
-  _globals['_BLOBSERVICE']._serialized_end=994
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=685
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=687
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=764
+  _globals['_BLOBSERVICE']._serialized_start=767
+  _globals['_BLOBSERVICE']._serialized_end=1009
 # @@protoc_insertion_point(module_scope)

@@ -188,8 +188,11 @@ class UploadStatusRequest(_message.Message):
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
     BLOB_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     task_id: _builtins.str
+    epoch: _builtins.int
+    """Welcome's epoch under which the task was received. 0: not told, and taken for the present one."""
     @_builtins.property
     def blob(self) -> _messages_pb2.BlobRef: ...
     def __init__(
@@ -198,10 +201,11 @@ class UploadStatusRequest(_message.Message):
         device_id: _builtins.str = ...,
         task_id: _builtins.str = ...,
         blob: _messages_pb2.BlobRef | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "device_id", b"device_id", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "device_id", b"device_id", "epoch", b"epoch", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,16 @@ class ControlServiceStub:
                 request_serializer=fleetune_dot_v1_dot_control__pb2.GetLogsRequest.SerializeToString,
                 response_deserializer=fleetune_dot_v1_dot_control__pb2.GetLogsResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/fleetune.v1.ControlService/CollectGarbage',
+                request_serializer=fleetune_dot_v1_dot_control__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=fleetune_dot_v1_dot_control__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/fleetune.v1.ControlService/ListAudit',
+                request_serializer=fleetune_dot_v1_dot_control__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=fleetune_dot_v1_dot_control__pb2.ListAuditResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -175,6 +185,20 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """Removes, or only counts, what no running job and no kept adapter needs. RESOURCE_EXHAUSTED: the disk has no room to note what goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """What operators asked for, the newest last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +261,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetLogs,
                     request_deserializer=fleetune_dot_v1_dot_control__pb2.GetLogsRequest.FromString,
                     response_serializer=fleetune_dot_v1_dot_control__pb2.GetLogsResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=fleetune_dot_v1_dot_control__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=fleetune_dot_v1_dot_control__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=fleetune_dot_v1_dot_control__pb2.ListAuditRequest.FromString,
+                    response_serializer=fleetune_dot_v1_dot_control__pb2.ListAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -563,6 +597,60 @@ class ControlService:
             '/fleetune.v1.ControlService/GetLogs',
             fleetune_dot_v1_dot_control__pb2.GetLogsRequest.SerializeToString,
             fleetune_dot_v1_dot_control__pb2.GetLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fleetune.v1.ControlService/CollectGarbage',
+            fleetune_dot_v1_dot_control__pb2.CollectGarbageRequest.SerializeToString,
+            fleetune_dot_v1_dot_control__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fleetune.v1.ControlService/ListAudit',
+            fleetune_dot_v1_dot_control__pb2.ListAuditRequest.SerializeToString,
+            fleetune_dot_v1_dot_control__pb2.ListAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

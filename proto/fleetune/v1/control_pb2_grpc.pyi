@@ -47,6 +47,10 @@ class ControlServiceStub:
     DescribeAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.DescribeAdapterRequest, _control_pb2.DescribeAdapterResponse]
     """The files of a round's PEFT folder; contents come from BlobService.Download, or inline where small."""
     GetLogs: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetLogsRequest, _control_pb2.GetLogsResponse]
+    CollectGarbage: _grpc.UnaryUnaryMultiCallable[_control_pb2.CollectGarbageRequest, _control_pb2.CollectGarbageResponse]
+    """Removes, or only counts, what no running job and no kept adapter needs. RESOURCE_EXHAUSTED: the disk has no room to note what goes."""
+    ListAudit: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListAuditRequest, _control_pb2.ListAuditResponse]
+    """What operators asked for, the newest last."""
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -67,6 +71,10 @@ class ControlServiceAsyncStub(ControlServiceStub):
     DescribeAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.DescribeAdapterRequest, _control_pb2.DescribeAdapterResponse]  # type: ignore[assignment]
     """The files of a round's PEFT folder; contents come from BlobService.Download, or inline where small."""
     GetLogs: _aio.UnaryUnaryMultiCallable[_control_pb2.GetLogsRequest, _control_pb2.GetLogsResponse]  # type: ignore[assignment]
+    CollectGarbage: _aio.UnaryUnaryMultiCallable[_control_pb2.CollectGarbageRequest, _control_pb2.CollectGarbageResponse]  # type: ignore[assignment]
+    """Removes, or only counts, what no running job and no kept adapter needs. RESOURCE_EXHAUSTED: the disk has no room to note what goes."""
+    ListAudit: _aio.UnaryUnaryMultiCallable[_control_pb2.ListAuditRequest, _control_pb2.ListAuditResponse]  # type: ignore[assignment]
+    """What operators asked for, the newest last."""
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -156,5 +164,21 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.GetLogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetLogsResponse, _abc.Awaitable[_control_pb2.GetLogsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CollectGarbage(
+        self,
+        request: _control_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.CollectGarbageResponse, _abc.Awaitable[_control_pb2.CollectGarbageResponse]]:
+        """Removes, or only counts, what no running job and no kept adapter needs. RESOURCE_EXHAUSTED: the disk has no room to note what goes."""
+
+    @_abc_1.abstractmethod
+    def ListAudit(
+        self,
+        request: _control_pb2.ListAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListAuditResponse, _abc.Awaitable[_control_pb2.ListAuditResponse]]:
+        """What operators asked for, the newest last."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from fleetune.v1 import messages_pb2 as fleetune_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66leetune/v1/fleet.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"\xc7\x02\n\x0eSessionRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.fleetune.v1.HeartbeatH\x00\x12-\n\x08progress\x18\x03 \x01(\x0b\x32\x19.fleetune.v1.TaskProgressH\x00\x12+\n\x07outcome\x18\x04 \x01(\x0b\x32\x18.fleetune.v1.TaskOutcomeH\x00\x12#\n\x03log\x18\x05 \x01(\x0b\x32\x14.fleetune.v1.TaskLogH\x00\x12\x31\n\x0c\x61vailability\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.AvailabilityH\x00\x12\'\n\x07leaving\x18\x07 \x01(\x0b\x32\x14.fleetune.v1.LeavingH\x00\x42\x06\n\x04\x62ody\"\xc5\x02\n\x0fSessionResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.WelcomeH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.RefusalH\x00\x12!\n\x04task\x18\x03 \x01(\x0b\x32\x11.fleetune.v1.TaskH\x00\x12)\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x17.fleetune.v1.CancelTaskH\x00\x12\'\n\x07receipt\x18\x05 \x01(\x0b\x32\x14.fleetune.v1.ReceiptH\x00\x12)\n\x08\x64raining\x18\x06 \x01(\x0b\x32\x15.fleetune.v1.DrainingH\x00\x12\x36\n\x0fheartbeat_reply\x18\x07 \x01(\x0b\x32\x1b.fleetune.v1.HeartbeatReplyH\x00\x42\x06\n\x04\x62ody\"\xbb\x02\n\x05Hello\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x15\n\ragent_version\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x0c\n\x04tags\x18\x07 \x03(\t\x12%\n\x07profile\x18\x08 \x01(\x0b\x32\x14.fleetune.v1.Profile\x12\x12\n\ndata_names\x18\t \x03(\t\x12\x0f\n\x07methods\x18\n \x03(\t\x12/\n\x0c\x61vailability\x18\x0b \x01(\x0b\x32\x19.fleetune.v1.Availability\x12#\n\x04held\x18\x0c \x03(\x0b\x32\x15.fleetune.v1.HeldTask\"\x86\x02\n\x07Profile\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x16\n\x0epython_version\x18\x03 \x01(\t\x12\r\n\x05\x63ores\x18\x04 \x01(\x01\x12\x1a\n\x12memory_total_bytes\x18\x05 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x08 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65lerator_name\x18\t \x01(\t\x12 \n\x18\x61\x63\x63\x65lerator_memory_bytes\x18\n \x01(\x04\x12\r\n\x05\x62oard\x18\x0b \x01(\t\"Q\n\x08HeldTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12%\n\x05stage\x18\x03 \x01(\x0e\x32\x16.fleetune.v1.HeldStage\"5\n\x0c\x41vailability\x12\x15\n\raccepts_tasks\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf8\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0b\x63pu_percent\x18\x02 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x04\x12\x1a\n\rtemperature_c\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x61gent_rss_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x63hild_rss_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07task_id\x18\t \x01(\tB\x10\n\x0e_temperature_c\"\"\n\x0eHeartbeatReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x8e\x01\n\x0cTaskProgress\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12%\n\x05stage\x18\x03 \x01(\x0e\x32\x16.fleetune.v1.TaskStage\x12\x0c\n\x04\x64one\x18\x04 \x01(\x04\x12\r\n\x05total\x18\x05 \x01(\x04\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"\xbd\x01\n\x0bTaskOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.FailureH\x00\x12-\n\nevaluation\x18\x04 \x01(\x0b\x32\x17.fleetune.v1.EvaluationH\x00\x12+\n\x07refusal\x18\x05 \x01(\x0b\x32\x18.fleetune.v1.TaskRefusalH\x00\x42\t\n\x07outcome\"\x1d\n\x0bTaskRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\")\n\x07TaskLog\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x03(\t\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x88\x01\n\x07Welcome\x12\x16\n\x0eprotocol_minor\x18\x01 \x01(\r\x12\x1b\n\x13\x63oordinator_version\x18\x02 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x06 \x01(\r\"Y\n\x07Refusal\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.fleetune.v1.RefusalKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"-\n\nCancelTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1a\n\x08\x44raining\x12\x0e\n\x06reason\x18\x01 \x01(\t*X\n\tHeldStage\x12\x1a\n\x16HELD_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12HELD_STAGE_RUNNING\x10\x01\x12\x17\n\x13HELD_STAGE_FINISHED\x10\x02*\xe1\x01\n\tTaskStage\x12\x1a\n\x16TASK_STAGE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STAGE_QUEUED\x10\x01\x12\x1c\n\x18TASK_STAGE_FETCHING_BASE\x10\x02\x12\x1d\n\x19TASK_STAGE_FETCHING_STATE\x10\x03\x12\x16\n\x12TASK_STAGE_LOADING\x10\x04\x12\x17\n\x13TASK_STAGE_TRAINING\x10\x05\x12\x19\n\x15TASK_STAGE_EVALUATING\x10\x06\x12\x18\n\x14TASK_STAGE_UPLOADING\x10\x07*\xb7\x01\n\x0bRefusalKind\x12\x1c\n\x18REFUSAL_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15REFUSAL_KIND_PROTOCOL\x10\x01\x12\x1d\n\x19REFUSAL_KIND_DUPLICATE_ID\x10\x02\x12\x1b\n\x17REFUSAL_KIND_NAME_TAKEN\x10\x03\x12\x18\n\x14REFUSAL_KIND_INVALID\x10\x04\x12\x19\n\x15REFUSAL_KIND_DRAINING\x10\x05\x32X\n\x0c\x46leetService\x12H\n\x07Session\x12\x1b.fleetune.v1.SessionRequest\x1a\x1c.fleetune.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66leetune/v1/fleet.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"\xc7\x02\n\x0eSessionRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.fleetune.v1.HeartbeatH\x00\x12-\n\x08progress\x18\x03 \x01(\x0b\x32\x19.fleetune.v1.TaskProgressH\x00\x12+\n\x07outcome\x18\x04 \x01(\x0b\x32\x18.fleetune.v1.TaskOutcomeH\x00\x12#\n\x03log\x18\x05 \x01(\x0b\x32\x14.fleetune.v1.TaskLogH\x00\x12\x31\n\x0c\x61vailability\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.AvailabilityH\x00\x12\'\n\x07leaving\x18\x07 \x01(\x0b\x32\x14.fleetune.v1.LeavingH\x00\x42\x06\n\x04\x62ody\"\xc5\x02\n\x0fSessionResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.WelcomeH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.RefusalH\x00\x12!\n\x04task\x18\x03 \x01(\x0b\x32\x11.fleetune.v1.TaskH\x00\x12)\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x17.fleetune.v1.CancelTaskH\x00\x12\'\n\x07receipt\x18\x05 \x01(\x0b\x32\x14.fleetune.v1.ReceiptH\x00\x12)\n\x08\x64raining\x18\x06 \x01(\x0b\x32\x15.fleetune.v1.DrainingH\x00\x12\x36\n\x0fheartbeat_reply\x18\x07 \x01(\x0b\x32\x1b.fleetune.v1.HeartbeatReplyH\x00\x42\x06\n\x04\x62ody\"\xbb\x02\n\x05Hello\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x15\n\ragent_version\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x0c\n\x04tags\x18\x07 \x03(\t\x12%\n\x07profile\x18\x08 \x01(\x0b\x32\x14.fleetune.v1.Profile\x12\x12\n\ndata_names\x18\t \x03(\t\x12\x0f\n\x07methods\x18\n \x03(\t\x12/\n\x0c\x61vailability\x18\x0b \x01(\x0b\x32\x19.fleetune.v1.Availability\x12#\n\x04held\x18\x0c \x03(\x0b\x32\x15.fleetune.v1.HeldTask\"\x86\x02\n\x07Profile\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x0e\n\x06system\x18\x02 \x01(\t\x12\x16\n\x0epython_version\x18\x03 \x01(\t\x12\r\n\x05\x63ores\x18\x04 \x01(\x01\x12\x1a\n\x12memory_total_bytes\x18\x05 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x08 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65lerator_name\x18\t \x01(\t\x12 \n\x18\x61\x63\x63\x65lerator_memory_bytes\x18\n \x01(\x04\x12\r\n\x05\x62oard\x18\x0b \x01(\t\"`\n\x08HeldTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12%\n\x05stage\x18\x03 \x01(\x0e\x32\x16.fleetune.v1.HeldStage\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"5\n\x0c\x41vailability\x12\x15\n\raccepts_tasks\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf8\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0b\x63pu_percent\x18\x02 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x04\x12\x1a\n\rtemperature_c\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x61gent_rss_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x63hild_rss_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07task_id\x18\t \x01(\tB\x10\n\x0e_temperature_c\"\"\n\x0eHeartbeatReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x8e\x01\n\x0cTaskProgress\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12%\n\x05stage\x18\x03 \x01(\x0e\x32\x16.fleetune.v1.TaskStage\x12\x0c\n\x04\x64one\x18\x04 \x01(\x04\x12\r\n\x05total\x18\x05 \x01(\x04\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"\xcc\x01\n\x0bTaskOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.FailureH\x00\x12-\n\nevaluation\x18\x04 \x01(\x0b\x32\x17.fleetune.v1.EvaluationH\x00\x12+\n\x07refusal\x18\x05 \x01(\x0b\x32\x18.fleetune.v1.TaskRefusalH\x00\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x42\t\n\x07outcome\"\x1d\n\x0bTaskRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\")\n\x07TaskLog\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x03(\t\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x88\x01\n\x07Welcome\x12\x16\n\x0eprotocol_minor\x18\x01 \x01(\r\x12\x1b\n\x13\x63oordinator_version\x18\x02 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x06 \x01(\r\"Y\n\x07Refusal\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.fleetune.v1.RefusalKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"-\n\nCancelTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1a\n\x08\x44raining\x12\x0e\n\x06reason\x18\x01 \x01(\t*X\n\tHeldStage\x12\x1a\n\x16HELD_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12HELD_STAGE_RUNNING\x10\x01\x12\x17\n\x13HELD_STAGE_FINISHED\x10\x02*\xe1\x01\n\tTaskStage\x12\x1a\n\x16TASK_STAGE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STAGE_QUEUED\x10\x01\x12\x1c\n\x18TASK_STAGE_FETCHING_BASE\x10\x02\x12\x1d\n\x19TASK_STAGE_FETCHING_STATE\x10\x03\x12\x16\n\x12TASK_STAGE_LOADING\x10\x04\x12\x17\n\x13TASK_STAGE_TRAINING\x10\x05\x12\x19\n\x15TASK_STAGE_EVALUATING\x10\x06\x12\x18\n\x14TASK_STAGE_UPLOADING\x10\x07*\xb7\x01\n\x0bRefusalKind\x12\x1c\n\x18REFUSAL_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15REFUSAL_KIND_PROTOCOL\x10\x01\x12\x1d\n\x19REFUSAL_KIND_DUPLICATE_ID\x10\x02\x12\x1b\n\x17REFUSAL_KIND_NAME_TAKEN\x10\x03\x12\x18\n\x14REFUSAL_KIND_INVALID\x10\x04\x12\x19\n\x15REFUSAL_KIND_DRAINING\x10\x05\x32X\n\x0c\x46leetService\x12H\n\x07Session\x12\x1b.fleetune.v1.SessionRequest\x1a\x1c.fleetune.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fleetune.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HELDSTAGE']._serialized_start=2477
-  _globals['_HELDSTAGE']._serialized_end=2565
-  _globals['_TASKSTAGE']._serialized_start=2568
-  _globals['_TASKSTAGE']._serialized_end=2793
-  _globals['_REFUSALKIND']._serialized_start=2796
-  _globals['_REFUSALKIND']._serialized_end=2979
+  _globals['_HELDSTAGE']._serialized_start=2507
+  _globals['_HELDSTAGE']._serialized_end=2595
+  _globals['_TASKSTAGE']._serialized_start=2598
+  _globals['_TASKSTAGE']._serialized_end=2823
+  _globals['_REFUSALKIND']._serialized_start=2826
+  _globals['_REFUSALKIND']._serialized_end=3009
   _globals['_SESSIONREQUEST']._serialized_start=69
   _globals['_SESSIONREQUEST']._serialized_end=396
   _globals['_SESSIONRESPONSE']._serialized_start=399
@@ -47,31 +47,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROFILE']._serialized_start=1045
   _globals['_PROFILE']._serialized_end=1307
   _globals['_HELDTASK']._serialized_start=1309
-  _globals['_HELDTASK']._serialized_end=1390
-  _globals['_AVAILABILITY']._serialized_start=1392
-  _globals['_AVAILABILITY']._serialized_end=1445
-  _globals['_HEARTBEAT']._serialized_start=1448
-  _globals['_HEARTBEAT']._serialized_end=1696
-  _globals['_HEARTBEATREPLY']._serialized_start=1698
-  _globals['_HEARTBEATREPLY']._serialized_end=1732
-  _globals['_TASKPROGRESS']._serialized_start=1735
-  _globals['_TASKPROGRESS']._serialized_end=1877
-  _globals['_TASKOUTCOME']._serialized_start=1880
-  _globals['_TASKOUTCOME']._serialized_end=2069
-  _globals['_TASKREFUSAL']._serialized_start=2071
-  _globals['_TASKREFUSAL']._serialized_end=2100
-  _globals['_TASKLOG']._serialized_start=2102
-  _globals['_TASKLOG']._serialized_end=2143
-  _globals['_LEAVING']._serialized_start=2145
-  _globals['_LEAVING']._serialized_end=2170
-  _globals['_WELCOME']._serialized_start=2173
-  _globals['_WELCOME']._serialized_end=2309
-  _globals['_REFUSAL']._serialized_start=2311
-  _globals['_REFUSAL']._serialized_end=2400
-  _globals['_CANCELTASK']._serialized_start=2402
-  _globals['_CANCELTASK']._serialized_end=2447
-  _globals['_DRAINING']._serialized_start=2449
-  _globals['_DRAINING']._serialized_end=2475
-  _globals['_FLEETSERVICE']._serialized_start=2981
-  _globals['_FLEETSERVICE']._serialized_end=3069
+  _globals['_HELDTASK']._serialized_end=1405
+  _globals['_AVAILABILITY']._serialized_start=1407
+  _globals['_AVAILABILITY']._serialized_end=1460
+  _globals['_HEARTBEAT']._serialized_start=1463
+  _globals['_HEARTBEAT']._serialized_end=1711
+  _globals['_HEARTBEATREPLY']._serialized_start=1713
+  _globals['_HEARTBEATREPLY']._serialized_end=1747
+  _globals['_TASKPROGRESS']._serialized_start=1750
+  _globals['_TASKPROGRESS']._serialized_end=1892
+  _globals['_TASKOUTCOME']._serialized_start=1895
+  _globals['_TASKOUTCOME']._serialized_end=2099
+  _globals['_TASKREFUSAL']._serialized_start=2101
+  _globals['_TASKREFUSAL']._serialized_end=2130
+  _globals['_TASKLOG']._serialized_start=2132
+  _globals['_TASKLOG']._serialized_end=2173
+  _globals['_LEAVING']._serialized_start=2175
+  _globals['_LEAVING']._serialized_end=2200
+  _globals['_WELCOME']._serialized_start=2203
+  _globals['_WELCOME']._serialized_end=2339
+  _globals['_REFUSAL']._serialized_start=2341
+  _globals['_REFUSAL']._serialized_end=2430
+  _globals['_CANCELTASK']._serialized_start=2432
+  _globals['_CANCELTASK']._serialized_end=2477
+  _globals['_DRAINING']._serialized_start=2479
+  _globals['_DRAINING']._serialized_end=2505
+  _globals['_FLEETSERVICE']._serialized_start=3011
+  _globals['_FLEETSERVICE']._serialized_end=3099
 # @@protoc_insertion_point(module_scope)

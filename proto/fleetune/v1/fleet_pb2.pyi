@@ -319,19 +319,23 @@ class HeldTask(_message.Message):
     TASK_ID_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease: _builtins.int
     stage: Global___HeldStage.ValueType
+    epoch: _builtins.int
+    """Welcome's epoch under which the task was received. 0: not told, and taken for the present one."""
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
         lease: _builtins.int = ...,
         stage: Global___HeldStage.ValueType = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "stage", b"stage", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease", b"lease", "stage", b"stage", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,8 +485,11 @@ class TaskOutcome(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease: _builtins.int
+    epoch: _builtins.int
+    """Welcome's epoch under which the task was received. 0: not told, and taken for the present one."""
     @_builtins.property
     def failure(self) -> _messages_pb2.Failure: ...
     @_builtins.property
@@ -499,10 +506,11 @@ class TaskOutcome(_message.Message):
         failure: _messages_pb2.Failure | None = ...,
         evaluation: _messages_pb2.Evaluation | None = ...,
         refusal: Global___TaskRefusal | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "outcome", b"outcome", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "lease", b"lease", "outcome", b"outcome", "refusal", b"refusal", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "evaluation", b"evaluation", "failure", b"failure", "lease", b"lease", "outcome", b"outcome", "refusal", b"refusal", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "evaluation", "refusal"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -592,7 +600,9 @@ class Welcome(_message.Message):
     lease_s: _builtins.float
     """Silence after which either side gives the session up."""
     epoch: _builtins.int
-    """Grows when an operator restores an old backup: results of an older epoch are refused."""
+    """Changes when an operator restores a backup: results of another epoch are refused, and a task of another epoch with the same
+    id is another task.
+    """
     chunk_bytes: _builtins.int
     """Bulk chunk size that the coordinator prefers."""
     def __init__(

@@ -26,6 +26,7 @@ MAX_DIMENSIONS = 8
 _MAX_BRACKETS = 4 * MAX_TENSORS
 _MAX_COMMAS = 16 * MAX_TENSORS
 _MAX_DIGITS = 18  # below 2**63
+_OVERFLOW = 2**63
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 
@@ -245,11 +246,15 @@ def _shown(value: object) -> str:
 
 
 def _size_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
-    size = ITEM_BYTES.get(dtype)
-    if size is None:
+    elements = size = ITEM_BYTES.get(dtype, 0)
+    if not size:
         raise WireError(f"Tensor {name!r} has the dtype {dtype[:40]!r}; allowed are {', '.join(ITEM_BYTES)}.")
     for length in shape:
+        # Also beside a 0, which would hide it: readers multiply in numbers of 64 bits.
+        elements *= max(1, length)
         size *= length
+    if elements >= _OVERFLOW:
+        raise WireError(f"Tensor {name!r} has the shape {list(shape)}, which no array can have.")
     return size
 
 

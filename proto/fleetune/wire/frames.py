@@ -27,6 +27,8 @@ _OFFSET_TAG = blob_pb2.Chunk.OFFSET_FIELD_NUMBER << 3
 _DATA_TAG = blob_pb2.Chunk.DATA_FIELD_NUMBER << 3 | 2
 _CRC_TAG = blob_pb2.Chunk.CRC32_FIELD_NUMBER << 3 | 5
 _VARINT_BYTES_MAX = 10
+_SHORT_VARINT_BYTES_MAX = 5  # of field numbers and lengths
+_TAG_MIN, _TAG_MAX = 1 << 3, 0xFFFF_FFFF
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,18 @@ def _chunk(view: memoryview) -> Chunk:
 def _field(view: memoryview, position: int) -> tuple[int, int, int]:
     """Tag of the field at `position`, where its body begins and where it ends. An unknown field is passed over like any other."""
     tag, body = _read_varint(view, position)
+    if not _TAG_MIN <= tag <= _TAG_MAX or body - position > _SHORT_VARINT_BYTES_MAX:
+        raise WireError(f"A message holds the field number {tag >> 3}; 1 to {_TAG_MAX >> 3} in at most 5 bytes are allowed.")
     wire_type = tag & 7
     if wire_type == 0:
         end = _read_varint(view, body)[1]
     elif wire_type == 1:
         end = body + 8
     elif wire_type == 2:
-        size, body = _read_varint(view, body)
+        begin = body
+        size, body = _read_varint(view, begin)
+        if body - begin > _SHORT_VARINT_BYTES_MAX:
+            raise WireError("A message holds a length of more than 5 bytes.")
         end = body + size
     elif wire_type == 5:
         end = body + 4

@@ -418,3 +418,12 @@ def test_neighbouring_tensors_are_folded_as_one_span(tmp_path: Path) -> None:
     without = codec.read_table(tensors.write(tmp_path / "without", arrays, {aggregate.KIND_KEY: "delta"}))
     assert [span.elements for span in aggregate._spans(base, [every])] == [27]
     assert [span.elements for span in aggregate._spans(base, [every, without])] == [12, 3, 12]
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7F800000, 0xFFFFFFFF])
+def test_every_kind_of_nan_is_refused_without_a_warning(tmp_path: Path, bits: int) -> None:
+    path = tensors.write(tmp_path / "update", {"a": np.array([1.0, 2.0], np.float32)}, {aggregate.KIND_KEY: "delta"})
+    expected = codec.read_table(path)
+    path.write_bytes(path.read_bytes()[:-4] + bits.to_bytes(4, "little"))
+    with pytest.raises(aggregate.NotFiniteUpdateError):
+        inspect(path, expected)

@@ -578,3 +578,44 @@ def test_a_machine_with_strange_figures_is_the_same_after_a_restart() -> None:
     assert math.isnan(task.update.metrics["loss"])
     assert task.update.metrics["norm"] == math.inf
     assert again.state == Blob(blob("state 0").digest, 100)
+
+
+# --- damaged updates
+
+
+def test_a_damaged_update_takes_a_folding_round_back_to_training_under_a_new_lease() -> None:
+    desk = Desk(deadline_s=60.0)
+    sent = {order.device_id: order for order in desk.open("a", "b")}
+    desk.update("a")
+    desk.now += 50.0
+    assert only(desk.update("b"), m.Fold)
+    (again,) = desk.do(m.UpdateDamaged(desk.task("a"), sent["id-a"].lease, online=True))
+    assert isinstance(again, m.SendTask)
+    assert (again.task_id, again.state) == (sent["id-a"].task_id, sent["id-a"].state)
+    assert again.lease > max(order.lease for order in sent.values())
+    assert again.deadline_unix_s == desk.now + 60.0, "the whole time once more"
+    assert desk.phase() == "training"
+    (fold,) = only(desk.update("a", samples=7), m.Fold)
+    assert [c.weight for c in fold.contributions] == [7, 1]
+
+
+def test_damage_found_under_an_older_lease_or_after_the_fold_changes_nothing() -> None:
+    desk = Desk()
+    (sent,) = desk.open("a")
+    desk.update("a")
+    assert desk.do(m.UpdateDamaged(desk.task("a"), sent.lease, online=True)) != []
+    assert desk.do(m.UpdateDamaged(desk.task("a"), sent.lease, online=True)) == [], "told twice"
+    desk.update("a")
+    task, lease = desk.task("a"), desk.machine.lease
+    desk.fold("a")
+    assert desk.do(m.UpdateDamaged(task, lease, online=True)) == []
+
+
+def test_a_damaged_update_of_an_absent_device_is_waited_for_no_longer_than_for_any_absent_one() -> None:
+    desk = Desk(absent_grace_s=15.0)
+    sent = {order.device_id: order for order in desk.open("a", "b")}
+    desk.update("a")
+    desk.update("b")
+    desk.do(m.UpdateDamaged(desk.task("a"), sent["id-a"].lease, online=False))
+    (fold,) = only(desk.after(15.0), m.Fold)
+    assert [c.device_id for c in fold.contributions] == ["id-b"]

@@ -50,6 +50,10 @@ class Jobs(RuleBasedStateMachine):
         if isinstance(event, m.UpdateArrived) and counts:
             assert event.task_id not in self.accepted, "an update counts once"
             self.accepted[event.task_id] = event.update.blob.digest
+        if isinstance(event, m.UpdateDamaged) and commands:
+            del self.accepted[event.task_id]
+            assert [type(command) for command in commands] == [m.SendTask], "the task is given again, nothing else"
+            assert self.desk.phase() == "training"
         sent: list[str] = []
         for command in commands:
             if isinstance(command, m.SendTask):
@@ -100,6 +104,17 @@ class Jobs(RuleBasedStateMachine):
     def update_arrives_twice(self, what: tuple[str, str]) -> None:
         for _ in range(2):
             self._do(m.UpdateArrived(what[0], Update(blob("".join(what)[-30:]), 1)))
+
+    @rule(target=tasks, task=tasks, stale=st.booleans(), online=st.booleans())
+    def update_turns_out_damaged(self, task: str, stale: bool, online: bool) -> Any:
+        entry = self.desk.machine.open_task(task)
+        lease = entry.lease if entry is not None and not stale else 0
+        counted = entry is not None and entry.update is not None and not stale and self.desk.phase() in ("training", "folding")
+        sent = self._do(m.UpdateDamaged(task, lease, online))
+        if counted:
+            assert entry is not None
+            assert (entry.status, entry.update) == ("assigned", None)
+        return sent
 
     @rule(task=tasks)
     def late(self, task: str) -> None:

@@ -7,18 +7,21 @@ import contextlib
 import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import text
 
-from fleetune.coordinator import daemon
+from fleetune.coordinator import daemon, room
 from fleetune.coordinator.rounds import aggregate, engine
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.store import blobs as blobs_module
 from fleetune.errors import DiskFullError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
+from fleetune.wire import channel
 from support.coordinating import WAIT_S, coordinating, echo_job, settings
 from support.echo_agent import EchoAgent
 
@@ -73,7 +76,6 @@ async def test_no_room_for_an_upload_is_told_and_taken_up_later(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("error", "word"),
     [
-        (DiskFullError("No space left in scratch.", "Make room."), "Make room"),
         (OSError(errno.EIO, "Input/output error"), "Input/output"),
         (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
     ],
@@ -93,6 +95,60 @@ async def test_a_fold_that_fails_ends_its_job_and_no_other(
         assert word in job.machine.message
         assert coordinator.blobs() == set()
         assert (await coordinator.ended(await coordinator.submit(echo_job(rounds=2)))).machine.status == "completed"
+
+
+async def test_a_fold_without_room_waits_by_name_and_goes_on_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FOLD_RETRY_S", 0.05)
+    fold = aggregate.fold
+
+    def full(plan: aggregate.FoldPlan) -> aggregate.FoldResult:
+        raise DiskFullError("No space left in scratch.", "Make room on that disk.")
+
+    async with coordinating(tmp_path) as coordinator, EchoAgent(coordinator.address, "a") as a:
+        a.serve()
+        monkeypatch.setattr(aggregate, "fold", full)
+        job = await coordinator.submit(echo_job(rounds=2))
+        await coordinator.until(job, lambda job: coordinator.engine.trouble != "")
+        view = (await coordinator.control.GetJob(control_pb2.GetJobRequest(job_id="last"))).job
+        assert view.state == control_pb2.JOB_STATE_RUNNING
+        assert "No space left in scratch" in view.message
+        monkeypatch.setattr(aggregate, "fold", fold)
+        await coordinator.ended(job)
+        assert job.machine.status == "completed"
+        assert coordinator.engine.trouble == ""
+
+
+async def test_a_job_cancelled_while_its_fold_waits_for_room_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FOLD_RETRY_S", 0.05)
+
+    def full(plan: aggregate.FoldPlan) -> aggregate.FoldResult:
+        raise DiskFullError("No space left in scratch.", "Make room on that disk.")
+
+    monkeypatch.setattr(aggregate, "fold", full)
+    async with coordinating(tmp_path) as coordinator, EchoAgent(coordinator.address, "a") as a:
+        a.serve()
+        job = await coordinator.submit(echo_job(rounds=2))
+        await coordinator.until(job, lambda job: coordinator.engine.trouble != "")
+        await coordinator.control.CancelJob(control_pb2.CancelJobRequest(job_id="last"))
+        await coordinator.ended(job)
+        assert coordinator.engine.trouble == ""
+
+
+async def test_health_says_that_no_uploads_are_taken_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LOOK_S", 0.02)
+    async with coordinating(tmp_path) as coordinator:
+        async with channel.open_channel(coordinator.address) as line:
+            stub: Any = health_pb2_grpc.HealthStub(line)  # Any: grpc_health gives its stubs no methods
+            uploads = stub.Watch(health_pb2.HealthCheckRequest(service="fleetune.v1.BlobService"))
+            assert (await uploads.read()).status == health_pb2.HealthCheckResponse.SERVING
+            coordinator.engine.blobs._reserve_bytes = 1 << 60
+            assert (await uploads.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert "no uploads are taken" in coordinator.engine.trouble
+            whole = await stub.Check(health_pb2.HealthCheckRequest(service="fleetune.v1.FleetService"))
+            assert whole.status == health_pb2.HealthCheckResponse.SERVING
+            coordinator.engine.blobs._reserve_bytes = blobs_module.RESERVE_BYTES
+            assert (await uploads.read()).status == health_pb2.HealthCheckResponse.SERVING
+            uploads.cancel()
 
 
 async def test_a_cancelled_job_keeps_nothing_of_a_fold_that_ends_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

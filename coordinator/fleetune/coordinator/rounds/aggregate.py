@@ -118,11 +118,13 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
         for start in range(0, total, elements):
             count = min(elements, total - start)
             values = wide[:count]
-            slabs.widen(slabs.read(fd, raw[: count * width], table.data_start + start * width), dtype, values)
-            square = _squares(values, out=values)
+            with np.errstate(invalid="ignore"):  # a NaN is told below; numpy would warn of some kinds of it
+                slabs.widen(slabs.read(fd, raw[: count * width], table.data_start + start * width), dtype, values)
+                square = _squares(values, out=values)
             if not math.isfinite(square):
                 # Squares of float32 sum up far below float64's limit: the slab itself holds NaN or Inf.
-                slabs.widen(raw[: count * width], dtype, values)
+                with np.errstate(invalid="ignore"):
+                    slabs.widen(raw[: count * width], dtype, values)
                 where = _first_not_finite(table, start, values)
                 raise NotFiniteUpdateError(where, "The device's training diverged: lower its learning rate.")
             squares += square

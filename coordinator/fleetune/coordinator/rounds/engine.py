@@ -16,7 +16,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar, cast
@@ -31,14 +31,16 @@ from fleetune.coordinator.jobrules import is_folder
 from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.table import METHODS
 from fleetune.coordinator.registry import Registry, Session
-from fleetune.coordinator.rounds import adapter, aggregate, machine
+from fleetune.coordinator.rounds import adapter, aggregate, damage, machine, needs
 from fleetune.coordinator.rounds.host import HostError, ModelHost, encode
 from fleetune.coordinator.rounds.job import LiveJob, Progress, plan_of
 from fleetune.coordinator.rounds.machine import JobMachine
+from fleetune.coordinator.rounds.needs import JobFacts, Trim
+from fleetune.coordinator.rounds.retention import Garbage, Retention, rounds_kept
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
-from fleetune.errors import DiskFullError, FleetuneError, ModelError, WireError
+from fleetune.errors import DiskFullError, DurabilityError, FleetuneError, ModelError, WireError
 from fleetune.wire import codec
 from fleetune.workers import Workers
 
@@ -53,13 +55,13 @@ EVENTS_QUEUED_MAX = 100_000
 SAMPLES_MAX = 2**32
 """Rows of one update; the fold's weights must stay whole numbers in float64 whatever the number of devices."""
 
-HOLD_S = 600.0
-"""A blob that somebody was told to fetch outlives its round by this."""
-
 STALL_S = 900.0
 """A task whose stage and count have not moved for so long is taken for stuck. A step may take minutes on a small board."""
 
 COMMIT_RETRY_S = 1.0
+
+FOLD_RETRY_S = 2.0
+"""A fold that found no room on the disk tries again after this."""
 
 ReceiptStatus = Literal["accepted", "duplicate", "late", "refused"]
 
@@ -111,6 +113,8 @@ class _Batch:
     """What one transaction writes, and what follows it."""
 
     events: list[records.EventRow] = field(default_factory=list[records.EventRow])
+    taken_back: list[str] = field(default_factory=list[str])
+    """Tasks whose accepted update is damaged."""
     updates: list[records.UpdateRow] = field(default_factory=list[records.UpdateRow])
     blobs: list[records.BlobRow] = field(default_factory=list[records.BlobRow])
     rounds: list[tuple[str, RoundEntry]] = field(default_factory=list[tuple[str, RoundEntry]])
@@ -153,6 +157,8 @@ class Engine:
         self.blobs = blobs
         self.stalled = ""
         """Why nothing is committed just now, for a person; empty while all is well."""
+        self._no_room: dict[str, str] = {}
+        """What waits for room on the disk -> why, for a person."""
         self._settings = settings
         self._database = database
         self._host = host
@@ -167,17 +173,10 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._submitting = asyncio.Lock()
-        self._incoming: dict[str, int] = {}
-        """Digest -> how many are about to store that blob and to make a job need it."""
-        self._held_until_s: dict[str, float] = {}
-        """Digest -> monotonic time until which somebody may fetch it."""
-        self._later: set[str] = set()
-        """Would have been cleared away, but was held."""
-        self._doomed: set[str] = set()
-        """Being cleared away just now."""
-        self._cleared = asyncio.Event()
         self._scratch = settings.state_dir / "scratch"
         self.jobs_folder = settings.state_dir / "jobs"
+        self.retention = Retention(blobs, database, self.jobs_folder, self._disk, self._all_facts, self._start_unless_closing, monotonic)
+        self._fatal: DurabilityError | None = None
 
     # -- life
 
@@ -193,14 +192,20 @@ class Engine:
             spec = jobspec.parse(row.toml)
             job = self._live(row.job_id, spec, row.toml, row.submit_id, row.submitted_unix_s, row.machine)
             job.history = await self._database.read(functools.partial(records.load_rounds, job_id=row.job_id))
+            job.keep_rounds = await self._database.read(
+                functools.partial(rounds_kept, job_id=row.job_id, default=self._settings.keep_rounds)
+            )
             self.jobs[row.job_id] = job
         for job in self.jobs.values():
+            if ailment := await self._on_disk(damage.ailment, self.blobs, self.jobs_folder, damage.standing(self._facts(job))):
+                self.post(job.job_id, machine.HostFailed("the check at start", Failure("internal", "storage", ailment)))
             if not job.ended:
                 self.post(job.job_id, machine.Restarted())
+                self._spawn(job, self._check_after_restart(job), f"check {job.job_id}")
             await self._on_disk(self._mend_folders, job)
             if job.ended:
                 job.settled.set()
-        await self._sweep()
+        await self.retention.sweep()
 
     async def settled(self, job: LiveJob) -> None:
         """Wait until the job has ended, its end is committed and its last folder is written."""
@@ -212,10 +217,35 @@ class Engine:
             items = [await self._queue.get()]
             while not self._queue.empty():
                 items.append(self._queue.get_nowait())
+            if self._fatal is not None:
+                raise self._fatal
+            self.retention.guard(self._facts(self.jobs[job_id]) for job_id in {item.job_id for item in items} if job_id in self.jobs)
             batch = self._decide(items)
             await self._commit(batch)
+            self.retention.committed()
             self._act(batch)
             self._arm_timer()
+
+    @property
+    def trouble(self) -> str:
+        """What of the disk holds work up just now, for a person; empty while there is room."""
+        return self.stalled or next(iter(self._no_room.values()), "")
+
+    def note_room(self, who: str, reason: str) -> None:
+        """`who` waits for room because of `reason`, or no longer where that is empty. Wakes those who watch."""
+        if self._no_room.get(who, "") == reason:
+            return
+        if reason:
+            self._no_room[who] = reason
+        else:
+            del self._no_room[who]
+        for job in self._open_jobs():
+            job.touch()
+
+    def give_up(self, error: DurabilityError) -> None:
+        """A flush has failed: end `run`, and with it the process, before anything else is acknowledged."""
+        self._fatal = DurabilityError(error.message, error.remedy)  # without the frames that it came through, and what they hold open
+        self._wake()
 
     async def close(self) -> None:
         self._closing = True
@@ -248,6 +278,7 @@ class Engine:
             await self._database.write(lambda tx: records.add_job(tx, row))
         except OperationalError as error:
             if not _is_full(error):
+                self.give_up(DurabilityError(f"The database does not take what is written: {error.orig}.", "Look at the disk's health."))
                 raise
             raise DiskFullError(f"The disk of {self._settings.state_dir} is full: the job was not taken.", "Make room there.") from error
         self.jobs[job_id] = job
@@ -263,6 +294,25 @@ class Engine:
             raise jobspec.JobFileError(missing)
         return spec
 
+    async def collect_garbage(self, keep_rounds: int, older_than_s: float, *, dry_run: bool) -> Garbage:
+        """Remove, or with `dry_run` only count, what no running job and no kept adapter needs.
+
+        Jobs that ended more than `older_than_s` ago keep their last `keep_rounds` rounds and the best; 0 leaves what they keep as it is.
+        Raises DiskFullError where that cannot even be written down.
+        """
+        trim = Trim(keep_rounds, self._wall() - older_than_s) if keep_rounds else None
+
+        def keep(trimmed: Mapping[str, int]) -> None:
+            for job_id, rounds in trimmed.items():
+                self.jobs[job_id].keep_rounds = rounds
+
+        try:
+            return await self.retention.collect(trim, keep, dry_run=dry_run)
+        except OperationalError as error:
+            if not _is_full(error):
+                raise
+            raise DiskFullError("The disk is too full to note which rounds go.", "Run `fleetune gc` without options first.") from error
+
     def find(self, name: str) -> LiveJob | None:
         """By id, by an unambiguous beginning of one, or the last submitted for "last"."""
         if name in self.jobs:
@@ -277,10 +327,19 @@ class Engine:
         self._queue.put_nowait(_Item(job_id, event))
 
     async def ask(self, job_id: str, event: machine.Event) -> Receipt:
-        """Hand in an event and wait until it is durable."""
+        """Hand in an event and wait until it is durable. A caller that is cut off takes nothing back: the event counts all the same."""
         answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        await self._queue.put(_Item(job_id, event, answer))
-        return await answer
+        if isinstance(event, machine.UpdateArrived):
+            # Nor does its blob go with the caller, whose `keeping` may end before the machine has seen the event.
+            digest = event.update.blob.digest
+            self.retention.expect(digest)
+            answer.add_done_callback(lambda _: self.retention.settle(digest))
+        try:
+            await self._queue.put(_Item(job_id, event, answer))
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        return await asyncio.shield(answer)
 
     # -- what the fleet says
 
@@ -378,7 +437,12 @@ class Engine:
             return Receipt("refused", failure.message)
         if isinstance(facts, BaseException):
             raise facts
-        checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm)
+        checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm, facts.kind)
+        if (objection := job.machine.objection(checked)) is not None:
+            await self.ask(job.job_id, machine.TaskFailed(task_id, objection))
+            if device_id in job.machine.quarantined:
+                log.warning("job=%s device=%s quarantined reason=%r", job.job_id, device_id, job.machine.quarantined[device_id])
+            return Receipt("refused", objection.message)
         receipt = await self.ask(job.job_id, machine.UpdateArrived(task_id, checked))
         if receipt.status == "late":  # the round closed while the update was being checked
             await self.ask(job.job_id, machine.UpdateLate(task_id, update.blob.digest))
@@ -388,6 +452,9 @@ class Engine:
         return await self._take(task_id, device_id, machine.EvaluationArrived(task_id, evaluation))
 
     async def take_failure(self, task_id: str, device_id: str, failure: Failure) -> Receipt:
+        job, entry = self._task(task_id)
+        if failure.kind == "transfer" and job is not None and entry is not None and entry.device_id == device_id:
+            self._spawn(job, self._check_after_failed_fetch(job), f"check {job.job_id}")
         return await self._take(task_id, device_id, machine.TaskFailed(task_id, failure))
 
     async def take_refusal(self, task_id: str, device_id: str, reason: str) -> Receipt:
@@ -424,12 +491,17 @@ class Engine:
         if isinstance(event, machine.Folded):
             # As of now: since the fold ended, another job may have taken a device, or it has left.
             event = replace(event, candidates=self._candidates(job))
+        elif isinstance(event, machine.UpdateDamaged):
+            entry = job.machine.open_task(event.task_id)
+            event = replace(event, online=entry is not None and entry.device_id in self.registry.sessions)
         message = job.machine.message
         commands = job.machine.handle(event, now)
         if isinstance(event, machine.Ticked | machine.Offered) and not commands:
             if job.machine.message != message:
                 job.touch()
             return Receipt("accepted")
+        if isinstance(event, machine.UpdateDamaged) and not commands:
+            return Receipt("accepted")  # it was about a lease that is over
         batch.events.append(records.EventRow(now, job.job_id, event))
         batch.jobs[job.job_id] = job
         batch.commands += [(job, command) for command in commands]
@@ -478,6 +550,10 @@ class Engine:
                 device_id, number = task_id.split("/")[2], int(task_id.split("/")[1])
                 batch.updates.append(records.UpdateRow(task_id, job.job_id, number, device_id, digest, "late", now))
                 log.info("job=%s round=%d device=%s update late", job.job_id, number, device_id)
+            case machine.UpdateDamaged(task_id):
+                batch.taken_back.append(task_id)
+                device_id, number = task_id.split("/")[2], int(task_id.split("/")[1])
+                log.error("job=%s round=%d device=%s update damaged on disk, its task is given again", job.job_id, number, device_id)
             case machine.TaskFailed(task_id, failure):
                 batch.failures.append((task_id.split("/")[2], failure.message))
                 log.warning(
@@ -531,6 +607,7 @@ class Engine:
             # The blobs' folders first: a row must never name a blob that a power cut takes away.
             self.blobs.sync()
             records.add_events(tx, batch.events)
+            records.drop_updates(tx, batch.taken_back)
             records.add_updates(tx, batch.updates)
             records.add_blobs(tx, batch.blobs)
             for job_id, entry in batch.rounds:
@@ -616,6 +693,8 @@ class Engine:
                 prepared = await self._prepared(job, kept)
             except HostError as error:
                 self.post(job.job_id, machine.HostFailed("preparing", error.failure))
+            except DurabilityError as error:
+                self.give_up(error)
             except (FleetuneError, OSError) as error:
                 self.post(job.job_id, machine.HostFailed("preparing", _failure(error, "prepare")))
             else:
@@ -630,7 +709,7 @@ class Engine:
             if not job.method.needs_model:
                 path = folder / adapter.STATE_FILE
                 initial = await self._on_disk(job.method.initial, spec, path)
-                await kept.enter_async_context(self.keeping(initial.state.digest))
+                await kept.enter_async_context(self.retention.keeping(initial.state.digest))
                 await self._on_disk(self.blobs.put_file, path, link=True, digest=initial.state.digest)
                 return Prepared(initial.state, initial.trainables_digest)
             init = spec.lora.init_adapter
@@ -652,11 +731,11 @@ class Engine:
                     job.touch()
 
             prepared, out = await self._host.prepare(request, on_event)
-            await kept.enter_async_context(self.keeping(prepared.state.digest))
+            await kept.enter_async_context(self.retention.keeping(prepared.state.digest))
             await self._on_disk(self.blobs.put_file, out / adapter.STATE_FILE, link=True, digest=prepared.state.digest)
             for name, digest, size_bytes in prepared.files:
-                await kept.enter_async_context(self.keeping(digest))
-                if not await self._on_disk(self._has_whole, digest, size_bytes):
+                await kept.enter_async_context(self.retention.keeping(digest))
+                if not await self._on_disk(damage.is_whole, self.blobs, Blob(digest, size_bytes)):
                     await self._on_disk(self.blobs.put_file, Path(prepared.base_folder) / name, link=False, digest=digest)
             if spec.evaluation.source != "heldout":
                 return prepared
@@ -669,35 +748,95 @@ class Engine:
             job.host_stage = ""
             await self._on_disk(shutil.rmtree, folder, ignore_errors=True)
             if spec.evaluation.source != "heldout":
-                await self._host.rest()
-
-    def _has_whole(self, digest: str, size_bytes: int) -> bool:
-        return self.blobs.has(digest) and self.blobs.size(digest) == size_bytes
+                self._host.rest()
 
     def _own_adapter(self, source: LiveJob, folder: Path) -> Path:
         """A job's last adapter in a folder that nobody else clears up."""
         prepared = source.machine.prepared
         if not source.history or prepared is None or not prepared.adapter_config:
             raise ModelError(f"job {source.job_id} has no adapter to start from.", "Name a job with a committed round, or a folder.")
+        state = source.history[-1].state
+        if state is None or not damage.is_whole(self.blobs, state):
+            raise ModelError(f"the last adapter of job {source.job_id} is damaged on disk.", "Name a folder with a whole one.")
         return adapter.write(folder / "init", self.blobs, adapter.Adapter(source.job_id, source.spec, prepared, source.history[-1]))
 
+    # -- damage at rest
+
+    async def _check_updates(self, job: LiveJob) -> bool:
+        """Take back the acceptance of updates whose bytes are damaged; True where there was one."""
+        entry = job.machine.round
+        if entry is None or entry.phase not in ("training", "folding"):
+            return False
+        tasks = [(task.task_id, task.lease, task.update.blob) for task in entry.trained() if task.update is not None]
+        found = False
+        for task_id, lease, blob in tasks:
+            if await self._on_disk(damage.is_whole, self.blobs, blob):
+                continue
+            task = job.machine.open_task(task_id)
+            if task is None or task.lease != lease:
+                continue  # the round has gone on, and its updates with it
+            found = await self._on_disk(damage.withdrawn, self.blobs, blob) or found
+            self.post(job.job_id, machine.UpdateDamaged(task_id, lease))
+        return found
+
+    async def _check_after_restart(self, job: LiveJob) -> None:
+        """Early, since a device that must train again does so while the others still train. The coordinator serves meanwhile."""
+        await self._check_updates(job)
+
+    async def _check_after_failed_fetch(self, job: LiveJob) -> None:
+        """A device got other bytes than were announced: is it the disk here? One look at a time."""
+        if job.checking or job.ended:
+            return
+        job.checking = True
+        try:
+            standing = damage.standing(self._facts(job))
+            if ailment := await self._on_disk(damage.ailment, self.blobs, self.jobs_folder, standing, base_in_full=True):
+                self.post(job.job_id, machine.HostFailed("serving files", Failure("internal", "storage", ailment)))
+        finally:
+            job.checking = False
+
     async def _fold(self, job: LiveJob, command: machine.Fold) -> None:
+        """Fold; without room for the result as often as it takes, since the updates lie safe and somebody may make room."""
+        waits = f"fold {job.job_id}"
+        try:
+            while (full := await self._folded(job, command)) is not None and not job.ended:
+                if waits not in self._no_room:
+                    log.error("job=%s round=%d waits with its fold: %s", job.job_id, command.round_number, full)
+                self.note_room(waits, str(full))
+                await asyncio.sleep(FOLD_RETRY_S)
+        finally:
+            self.note_room(waits, "")
+
+    async def _folded(self, job: LiveJob, command: machine.Fold) -> DiskFullError | None:
+        """One attempt; what came of it is posted, but for the lack of room."""
         stem = f"{job.job_id}-{command.round_number}-{uuid.uuid4().hex[:8]}"
         out, out_optimizer = self._scratch / f"{stem}.state", self._scratch / f"{stem}.optimizer"
         try:
+            # The bytes lay on a disk since their digests were checked: nothing damaged gets into the sum.
+            if await self._check_updates(job):
+                return None
+            standing = damage.standing(self._facts(job))
+            if ailment := await self._on_disk(damage.ailment, self.blobs, self.jobs_folder, standing):
+                self.post(job.job_id, machine.HostFailed("folding", Failure("internal", "storage", ailment)))
+                return None
             result = await self._folder.run(self._fold_now, job, command, out, out_optimizer)
             async with contextlib.AsyncExitStack() as kept:
                 found = ((out, result.digest), (out_optimizer, result.optimizer_digest))
                 files = [(path, digest) for path, digest in found if digest is not None]
                 for _, digest in files:
-                    await kept.enter_async_context(self.keeping(digest))
+                    await kept.enter_async_context(self.retention.keeping(digest))
                 await self._folder.run(self._store, files)
                 optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes) if result.optimizer_digest is not None else None
                 coverage = min(result.coverage.values(), default=0)
                 outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm)
                 await self.ask(job.job_id, machine.Folded(command.round_number, outcome, ()))
+        except DurabilityError as error:
+            self.give_up(error)
+        except DiskFullError as error:
+            return error
         except (FleetuneError, OSError) as error:
             self.post(job.job_id, machine.HostFailed("folding", _failure(error, "fold")))
+        return None
 
     def _fold_now(self, job: LiveJob, command: machine.Fold, out: Path, out_optimizer: Path) -> aggregate.FoldResult:
         """On the fold thread."""
@@ -742,12 +881,12 @@ class Engine:
         assert prepared is not None
         async with job.publishing:
             await self._on_disk(self._publish_now, job, entry, prepared)
-            dropped = await self._on_disk(self._drop_old_folders, job)
+            dropped = await self._on_disk(self.retention.drop_old_folders, self._facts(job))
         await self._drop_updates(entry)
         states = [job.history[number - 1].state for number in dropped if number <= len(job.history)]
         # What this round replaced: the optimiser's state before it and, for the first round, the state the job began with.
         replaced = [job.history[entry.number - 2].optimizer] if entry.number > 1 else [prepared.state]
-        await self._forget({blob.digest for blob in (*states, *replaced) if blob is not None})
+        await self.retention.forget({blob.digest for blob in (*states, *replaced) if blob is not None})
         job.touch()
 
     def _publish_now(self, job: LiveJob, entry: RoundEntry, prepared: Prepared) -> None:
@@ -765,7 +904,7 @@ class Engine:
         if job.machine.prepared is None:
             return
         for entry in job.history:
-            if entry.number in self._kept(job) and entry.state is not None and self.blobs.has(entry.state.digest):
+            if entry.number in needs.kept_rounds(self._facts(job)) and entry.state is not None and self.blobs.has(entry.state.digest):
                 found = adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry)
                 if not adapter.is_whole(self.jobs_folder, found):  # a power cut may leave a folder of empty files
                     adapter.drop(self.jobs_folder, job.job_id, entry.number)
@@ -774,102 +913,18 @@ class Engine:
             adapter.point(self.jobs_folder, job.job_id, "final", job.machine.committed)
 
     async def _drop_updates(self, entry: RoundEntry) -> None:
-        await self._forget({task.update.blob.digest for task in entry.trained() if task.update})
+        await self.retention.forget({task.update.blob.digest for task in entry.trained() if task.update})
 
     async def _drop_round(self, entry: RoundEntry) -> None:
         """Everything that an abandoned round has made."""
         await self._drop_updates(entry)
-        await self._forget({blob.digest for blob in (entry.state, entry.optimizer) if blob is not None})
+        await self.retention.forget({blob.digest for blob in (entry.state, entry.optimizer) if blob is not None})
 
-    def _drop_old_folders(self, job: LiveJob) -> list[int]:
-        """The rounds whose folders went, because they are neither among the last nor the best."""
-        old = [number for number in adapter.rounds(self.jobs_folder, job.job_id) if number not in self._kept(job)]
-        for number in old:
-            adapter.drop(self.jobs_folder, job.job_id, number)
-        return old
+    def _facts(self, job: LiveJob) -> JobFacts:
+        return JobFacts(job.job_id, job.machine, job.history, job.keep_rounds)
 
-    def _kept(self, job: LiveJob) -> set[int]:
-        last = range(max(1, job.machine.committed - self._settings.keep_rounds + 1), job.machine.committed + 1)
-        return {*last, job.machine.best_round}
-
-    def _needed(self) -> set[str]:
-        """Digests that some job still stands on."""
-        needed: set[str] = set()
-        for job in self.jobs.values():
-            for number in self._kept(job):
-                if 1 <= number <= len(job.history) and (state := job.history[number - 1].state) is not None:
-                    needed.add(state.digest)
-            if job.ended:
-                continue
-            for blob in (job.machine.state, job.machine.optimizer):
-                if blob is not None:
-                    needed.add(blob.digest)
-            if job.machine.prepared is not None:
-                needed.update(digest for _, digest, _ in job.machine.prepared.files)
-            if (entry_ := job.machine.round) is not None:
-                needed.update(b.digest for b in (entry_.start_state, entry_.state, entry_.optimizer) if b is not None)
-                needed.update(t.update.blob.digest for t in entry_.trained() if t.update)
-        return needed
-
-    async def _forget(self, digests: set[str]) -> None:
-        """Delete blobs that nothing needs: the row first, so that no row ever names a missing blob."""
-        now = self._monotonic()
-        digests = digests | self._later
-        self._later = {digest for digest in digests if self._held_until_s.get(digest, 0.0) > now}
-        doomed = digests - self._later - self._needed() - self._doomed - self._incoming.keys()
-        if not doomed:
-            return
-        self._doomed |= doomed
-        try:
-            await self._database.write(lambda tx: records.drop_blobs(tx, doomed))
-            await self._on_disk(self._delete, doomed)
-        except OperationalError as error:
-            log.warning("blobs not cleared away, the next start does it: %s", error.orig)
-        finally:
-            self._doomed -= doomed
-            self._cleared.set()
-            self._cleared = asyncio.Event()
-
-    def _delete(self, digests: Collection[str]) -> None:
-        for digest in digests:
-            self.blobs.delete(digest)
-
-    @contextlib.asynccontextmanager
-    async def keeping(self, digest: str) -> AsyncGenerator[None]:
-        """Store the blob and make a job need it inside. Nobody clears it away meanwhile; afterwards it goes unless a job needs it.
-
-        Two jobs may well come to the same bytes, so that one's clearing up would take the other's fresh blob.
-        """
-        while digest in self._doomed:
-            await self._cleared.wait()
-        self._incoming[digest] = self._incoming.get(digest, 0) + 1
-        try:
-            yield
-        finally:
-            self._incoming[digest] -= 1
-            if not self._incoming[digest]:
-                del self._incoming[digest]
-                if digest not in self._needed() and not self._closing:
-                    self._start(self._forget({digest}), f"clear {digest[:12]}")
-
-    def hold(self, digest: str) -> None:
-        """Somebody is about to fetch the blob: it stays for a while even if its round goes."""
-        now = self._monotonic()
-        self._held_until_s = {d: until for d, until in self._held_until_s.items() if until > now} | {digest: now + HOLD_S}
-
-    async def _sweep(self) -> None:
-        """Clear away what a crash has left: blobs without a row or without a need, rows without a blob."""
-        rows = await self._database.read(records.blob_digests)
-        there = set(await self._on_disk(lambda: list(self.blobs.digests())))
-        needed = self._needed()
-        for digest in sorted(needed - there):
-            log.error("blob=%s is needed but missing in %s", digest, self.blobs.root)
-        stale_rows, stale_files = rows - (needed & there), there - needed
-        if stale_rows:
-            await self._database.write(lambda tx: records.drop_blobs(tx, stale_rows))
-        if stale_files:
-            log.info("cleared away %d blobs that no job needs", len(stale_files))
-            await self._on_disk(self._delete, stale_files)
+    def _all_facts(self) -> list[JobFacts]:
+        return [self._facts(job) for job in self.jobs.values()]
 
     async def _wrap_up(self, job: LiveJob) -> None:
         """After the last of the job's work: link its final adapter and let go of what only a running job needs."""
@@ -881,12 +936,12 @@ class Engine:
             prepared = job.machine.prepared
             made = [job.machine.optimizer, job.machine.state, prepared.state if prepared else None]
             files = {digest for _, digest, _ in prepared.files} if prepared else set[str]()
-            await self._forget({blob.digest for blob in made if blob is not None} | files)
+            await self.retention.forget({blob.digest for blob in made if blob is not None} | files)
         finally:
             job.settled.set()
             job.touch()
         if not any(other.spec.evaluation.source == "heldout" for other in self._open_jobs()):
-            await self._host.rest()
+            self._host.rest()
         self._wake()
 
     # -- small parts
@@ -927,6 +982,12 @@ class Engine:
         task.add_done_callback(self._work.discard)
         task.add_done_callback(_log_failure)
         return task
+
+    def _start_unless_closing(self, coroutine: Coroutine[object, object, None], name: str) -> None:
+        if self._closing:
+            coroutine.close()
+        else:
+            self._start(coroutine, name)
 
     def _fail_stage(self, job_id: str, stage: str, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -986,7 +1047,10 @@ class Engine:
             self.post(job.job_id, machine.Ticked())
 
     def _live(self, job_id: str, spec: jobspec.JobSpec, toml: str, submit_id: str, submitted: float, state: JobMachine) -> LiveJob:
-        return LiveJob(job_id, spec, toml, submit_id, submitted, METHODS[spec.method.name], recipes.recipe(spec), state)
+        method = METHODS[spec.method.name]
+        return LiveJob(
+            job_id, spec, toml, submit_id, submitted, method, recipes.recipe(spec), state, keep_rounds=self._settings.keep_rounds
+        )
 
     def _new_id(self, name: str) -> str:
         while True:

@@ -15,6 +15,9 @@ from fleetune.v1 import messages_pb2
 
 MODULE = "fleetune.coordinator.modelhost"
 
+KEEP_WARM_S = 60.0
+"""To start it takes seconds, mostly torch's; jobs that are tried out follow one another sooner than this."""
+
 KINDS: frozenset[str] = frozenset(get_args(FailureKind))
 
 
@@ -27,11 +30,14 @@ class HostError(FleetuneError):
 
 
 class ModelHost:
-    """Owns the child. Started when first needed, ended by `rest` when no job needs it and by `close`."""
+    """Owns the child. Started when first needed, ended a while after `rest` has said that no job needs it, and by `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_warm_s: float = KEEP_WARM_S) -> None:
         self._child = ChildProcess(MODULE)
         self._turn = asyncio.Lock()
+        self._keep_warm_s = keep_warm_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def prepare(self, request: Mapping[str, object], on_event: OnEvent | None = None) -> tuple[Prepared, Path]:
         """The initial adapter, and the folder that holds it and its configuration."""
@@ -64,15 +70,33 @@ class ModelHost:
         metrics = cast("dict[str, float]", answer["metrics"])
         return Evaluation({name: float(value) for name, value in metrics.items()}, _int(answer["rows"]))
 
-    async def rest(self) -> None:
-        """End the child until it is needed again."""
+    def rest(self) -> None:
+        """Nobody needs the child for now: it ends, unless it is asked again within `keep_warm_s`."""
+        self._stay()
+        self._timer = asyncio.get_running_loop().call_later(self._keep_warm_s, self._begin_to_end)
+
+    async def close(self) -> None:
+        self._stay()
+        if self._ending is not None:
+            await asyncio.wait({self._ending})
+        await self._child.stop()
+
+    def _stay(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _begin_to_end(self) -> None:
+        self._timer = None
+        self._ending = asyncio.create_task(self._end(), name="end of the model host")
+
+    async def _end(self) -> None:
+        # Whoever asks meanwhile waits for its turn and starts another child.
         async with self._turn:
             await self._child.stop()
 
-    async def close(self) -> None:
-        await self._child.stop()
-
     async def _ask(self, op: str, fields: Mapping[str, object], on_event: OnEvent | None) -> dict[str, object]:
+        self._stay()
         async with self._turn:
             try:
                 return await self._child.request(op, fields, on_event)

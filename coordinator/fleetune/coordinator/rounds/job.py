@@ -41,6 +41,8 @@ class LiveJob:
     """Committed rounds from 1 on, none left out."""
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
     table: TensorTable | None = None
+    keep_rounds: int = 3
+    """Rounds kept beside the best: as configured, or fewer where an operator has trimmed it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     version: int = 0
     host_stage: str = ""
@@ -48,6 +50,8 @@ class LiveJob:
     """What runs off the loop for this job: preparing, folding, publishing."""
     on_host: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     """Those of them that keep the model host busy: an ended job has no use for them."""
+    checking: bool = False
+    """Its blobs are being read through after a device could not use what it fetched."""
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Folders are written and dropped in the order of their rounds."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,6 +99,7 @@ def plan_of(job_id: str, spec: JobSpec, absent_grace_s: float) -> JobPlan:
         evaluation=spec.evaluation.source,
         evaluate_every=spec.evaluation.every,
         metric=spec.evaluation.metric or default_metric,
+        update_norm_bound=spec.rounds.update_norm_bound,
         patience=spec.rounds.early_stop_patience,
         min_delta=spec.rounds.early_stop_min_delta,
         absent_grace_s=absent_grace_s,

@@ -33,6 +33,7 @@ from fleetune.coordinator.domain import (
     TaskStatus,
     Update,
 )
+from fleetune.coordinator.rounds import normbound
 
 ROUND_ATTEMPTS = 5
 """A round that misses its quorum is opened again this often before the job fails."""
@@ -65,6 +66,8 @@ class JobPlan:
     patience: int
     min_delta: float
     absent_grace_s: float
+    update_norm_bound: float = 0.0
+    """An update's largest norm as a multiple of the last rounds' median; 0 is no bound."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +112,16 @@ class UpdateLate:
 
     task_id: str
     digest: str
+
+
+@dataclass(frozen=True)
+class UpdateDamaged:
+    """An accepted update's bytes are no longer what they were. `lease` is the one under which it was accepted."""
+
+    task_id: str
+    lease: int
+    online: bool = False
+    """Whether its device is connected as of now."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,7 @@ Event = (
     | Offered
     | UpdateArrived
     | UpdateLate
+    | UpdateDamaged
     | EvaluationArrived
     | TaskFailed
     | TaskRefused
@@ -306,6 +320,12 @@ class JobMachine:
     failures_in_row: dict[str, int] = field(default_factory=dict[str, int])
     excluded: dict[str, str] = field(default_factory=dict[str, str])
     """Device id -> why it gets no more train tasks of this job."""
+    norms: list[list[float]] = field(default_factory=list[list[float]])
+    """Norms of the delta updates of the last committed rounds, a list for each round."""
+    offences: dict[str, int] = field(default_factory=dict[str, int])
+    """Device id -> updates of this job that were beyond the bound."""
+    quarantined: dict[str, str] = field(default_factory=dict[str, str])
+    """Device id -> its name and why, for a person; these are excluded, too."""
     unmeasured: dict[str, str] = field(default_factory=dict[str, str])
     """Device id -> why it gets no more evaluate tasks of this job."""
     last_failure: Failure | None = None
@@ -339,6 +359,13 @@ class JobMachine:
             times += [t.offline_since_unix_s + self.plan.absent_grace_s for t in waited_for if t.offline_since_unix_s > 0]
         return min(times) if times else None
 
+    def objection(self, update: Update) -> Failure | None:
+        """Why an update of the open round must not be folded; it then comes as TaskFailed. The same whatever else has arrived."""
+        if self.round is None or update.kind != "delta":
+            return None
+        wrong = normbound.objection(update.norm, self.round.norm_limit, self.plan.update_norm_bound)
+        return Failure("norm", "upload", wrong) if wrong else None
+
     def wants_devices(self) -> bool:
         return self.status == "waiting" and not self.paused
 
@@ -369,6 +396,8 @@ class JobMachine:
                 if self.round is not None:
                     self.round.late += 1
                 return []
+            case UpdateDamaged(task_id, lease, online):
+                return self._take_back(task_id, lease, online, now)
             case EvaluationArrived(task_id, evaluation):
                 return self._accept_evaluation(task_id, evaluation, now)
             case TaskFailed(task_id, failure):
@@ -432,7 +461,8 @@ class JobMachine:
             asked = random.Random(f"{self.plan.seed}/{number}/{self.attempts}").sample(usable, max(self.plan.per_round, self.plan.minimum))
         self.status, self.message = "running", ""
         deadline = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
-        self.round = RoundEntry(number, "training", now, deadline, start_state=self.state)
+        norm_limit = normbound.limit(self.norms, self.plan.update_norm_bound)
+        self.round = RoundEntry(number, "training", now, deadline, start_state=self.state, norm_limit=norm_limit)
         return self._assign(asked, "train", self.state, now)
 
     def _assign(self, devices: Sequence[Candidate], kind: TaskKind, state: Blob, now: float) -> list[Command]:
@@ -460,6 +490,22 @@ class JobMachine:
         self.failures_in_row.pop(entry.device_id, None)
         return self._close_if_settled(now)
 
+    def _take_back(self, task_id: str, lease: int, online: bool, now: float) -> list[Command]:
+        """A damaged update counts no longer: its device does the task again, under a new lease, and the round waits for it."""
+        entry = self.open_task(task_id)
+        if self.round is None or entry is None or entry.update is None or entry.lease != lease:
+            return []
+        if self.round.phase not in ("training", "folding"):
+            return []  # it is folded; nobody reads it again
+        self.lease += 1
+        entry.status, entry.update, entry.lease, entry.assigned_unix_s = "assigned", None, self.lease, now
+        entry.offline_since_unix_s = 0.0 if online else now
+        self.round.phase = "training"
+        if self.plan.deadline_s > 0:
+            # That the disk failed is not the device's fault: it gets the time that the task had at first.
+            self.round.deadline_unix_s = now + self.plan.deadline_s
+        return [self._send(entry, self._state_of(entry))]
+
     def _accept_evaluation(self, task_id: str, evaluation: Evaluation, now: float) -> list[Command]:
         entry = self.open_task(task_id)
         if entry is None or entry.status != "assigned" or entry.kind != "evaluate":
@@ -482,7 +528,17 @@ class JobMachine:
         self.failures_in_row[entry.device_id] = row
         if failure.kind in LASTING or row >= DEVICE_FAILURES:
             self.excluded[entry.device_id] = failure.message
+        if failure.kind == "norm":
+            self._note_offence(entry, failure)
         return self._settle(task_id, "failed", failure.message, now)
+
+    def _note_offence(self, entry: TaskEntry, failure: Failure) -> None:
+        """Not only in a row: whoever sends good updates in between must not get a bad one through now and then for ever."""
+        offences = self.offences.get(entry.device_id, 0) + 1
+        self.offences[entry.device_id] = offences
+        if offences >= normbound.OFFENCES:
+            self.quarantined[entry.device_id] = f"{entry.device_name} after {offences} updates beyond the norm bound"
+            self.excluded[entry.device_id] = failure.message
 
     def _settle(self, task_id: str, status: TaskStatus, reason: str, now: float) -> list[Command]:
         entry = self.open_task(task_id)
@@ -607,6 +663,8 @@ class JobMachine:
         entry.phase, entry.metrics, entry.evaluation_rows, entry.ended_unix_s = "committed", dict(metrics), rows, now
         self.state, self.optimizer = entry.state, entry.optimizer
         self.committed, self.attempts, self.setbacks = entry.number, 0, 0
+        deltas = [task.update.norm for task in entry.trained() if task.update and task.update.kind == "delta"]
+        self.norms = [*self.norms, deltas][-normbound.ROUNDS :]
         commands: list[Command] = [CommitRound(entry)]
         stop = self._judge(entry)
         if stop or entry.number >= self.plan.rounds:

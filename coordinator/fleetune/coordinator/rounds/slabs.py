@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.errors import DiskFullError, NotFiniteError, WireError
+from fleetune.errors import DiskFullError, DurabilityError, NotFiniteError, WireError
 from fleetune.wire import codec, digests
 from fleetune.wire.chunks import WRITEBACK_BYTES, start_writeback
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Floats = npt.NDArray[np.float64]
 FLOATS: Mapping[str, np.dtype[np.generic]] = {
@@ -82,7 +84,14 @@ class Output:
         self._wait()
         self._store(memoryview(self._block)[: self._filled])
         self._filled = 0
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFullError(f"No space left in {self._path.parent} for {self._path.name}.", "Make room on that disk.") from error
+            raise DurabilityError(
+                f"The disk did not take {self._path}: {error.strerror}.", "Look at the disk's health; then start again."
+            ) from error
 
     def publish(self) -> None:
         os.replace(self._aside, self._path)
@@ -96,6 +105,9 @@ class Output:
         if storing is not None:
             storing.result()
 
+    def _full(self) -> DiskFullError:
+        return DiskFullError(f"No space left in {self._path.parent} for {self._path.name}.", "Make room on that disk.")
+
     def _store(self, view: memoryview) -> None:
         self._hash.update(view)
         self._stored += len(view)
@@ -103,8 +115,8 @@ class Output:
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(f"No space left in {self._path.parent} for {self._path.name}.", "Make room on that disk.") from error
+            if error.errno in _FULL:
+                raise self._full() from error
             raise
         if self._stored - self._queued >= WRITEBACK_BYTES:
             start_writeback(self._fd, self._queued, self._stored)

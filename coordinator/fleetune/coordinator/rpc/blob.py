@@ -15,7 +15,7 @@ from fleetune.coordinator.rpc import convert
 from fleetune.coordinator.rpc.streams import Patience, Readable
 from fleetune.coordinator.rpc.turns import Turns
 from fleetune.coordinator.store.blobs import BlobStore
-from fleetune.errors import DiskFullError, WireError
+from fleetune.errors import DiskFullError, DurabilityError, WireError
 from fleetune.v1 import blob_pb2, messages_pb2
 from fleetune.waiting import happened
 from fleetune.wire import digests, frames
@@ -114,6 +114,9 @@ class BlobService:
     ) -> blob_pb2.UploadStatusResponse:
         if (wrong := _unusable(request.blob)) is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
+        if request.epoch not in (0, self._epoch):  # before anything is written down about a task that is another's now
+            refused = convert.foreign_epoch(request.epoch, self._epoch)
+            return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, refused))
         settled = await self._engine.judge(request.task_id, request.device_id, request.blob.digest)
         if settled is not None:
             self._blobs.discard(request.task_id, request.blob)
@@ -135,8 +138,9 @@ class BlobService:
         if (wrong := _unusable(header.blob)) is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if header.epoch != self._epoch:
-            reason = f"the update is of epoch {header.epoch}, this coordinator is in epoch {self._epoch}: an older state was restored"
-            return self._answer(header, Receipt("refused", reason))
+            who, task_id = convert.clean(header.device_id, 64), convert.clean(header.task_id, 200)
+            log.warning("device=%r task=%r update of epoch %d refused, this is epoch %d", who, task_id, header.epoch, self._epoch)
+            return self._answer(header, convert.foreign_epoch(header.epoch, self._epoch))
         settled = await self._engine.judge(header.task_id, header.device_id, header.blob.digest)
         if settled is not None:
             self._blobs.discard(header.task_id, header.blob)
@@ -152,6 +156,9 @@ class BlobService:
         except WireError as error:
             log.warning("device=%s task=%s upload refused: %s", header.device_id, header.task_id, error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except DurabilityError as error:
+            self._engine.give_up(error)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except DiskFullError as error:
             log.error("device=%s task=%s %s", header.device_id, header.task_id, error)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -183,14 +190,15 @@ class BlobService:
                     await asyncio.shield(busy)
                     busy = None
                 if arrived:
-                    busy = self._disk.run(spool.add_all, arrived)
+                    # None of it may stay in memory until the commit.
+                    busy, arrived = self._disk.run(spool.add_all, arrived), []
                     await asyncio.shield(busy)
                     busy = None
             if not spool.complete:
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
                 )
-            async with self._engine.keeping(spool.digest):
+            async with self._engine.retention.keeping(spool.digest):
                 busy = self._sync.run(self._blobs.adopt, spool)
                 storing = asyncio.shield(busy)
                 receipt = await self._engine.take_update(header.task_id, header.device_id, convert.update(header), spool.path, storing)

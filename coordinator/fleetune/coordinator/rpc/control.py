@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -24,14 +27,20 @@ from fleetune.errors import DiskFullError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import channel
 
+log = logging.getLogger("fleetune.control")
+
+AUDIT_ENTRIES_MAX = 10_000
+
 WATCH_INTERVAL_S = 0.25
 """A watcher hears of a job at most so often."""
 
 
 class Aborting(Protocol):
-    """The part of a servicer context that ends a call."""
+    """The part of a servicer context that tells who calls, and ends a call."""
 
     async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: tuple[()] = ...) -> NoReturn: ...
+
+    def peer(self) -> str: ...
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -64,9 +73,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         try:
             job = await self._engine.submit(request.job_toml, request.submit_id)
         except jobspec.JobFileError as error:
+            mistakes = ", ".join(complaint.path or "the file" for complaint in error.complaints)
+            await self._note(context, "submit", "", "refused", f"mistakes in the job file: {mistakes}")
             return control_pb2.SubmitJobResponse(complaints=convert.complaints(error.complaints))
         except DiskFullError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        await self._note(context, "submit", job.job_id, "done", f"name={job.spec.name} method={job.method.name}")
         return control_pb2.SubmitJobResponse(job_id=job.job_id)
 
     async def ListJobs(self, request: control_pb2.ListJobsRequest, context: Aborting) -> control_pb2.ListJobsResponse:  # type: ignore[override]
@@ -94,15 +106,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def CancelJob(self, request: control_pb2.CancelJobRequest, context: Aborting) -> control_pb2.CancelJobResponse:  # type: ignore[override]
         reason = convert.clean(request.reason, 200) or "cancelled by an operator"
-        job = await self._tell(request.job_id, machine.CancelRequested(reason), "cancelled", context)
+        job = await self._tell(request.job_id, machine.CancelRequested(reason), "cancel", "cancelled", context, reason)
         return control_pb2.CancelJobResponse(job=self._view(job))
 
     async def PauseJob(self, request: control_pb2.PauseJobRequest, context: Aborting) -> control_pb2.PauseJobResponse:  # type: ignore[override]
-        job = await self._tell(request.job_id, machine.PauseRequested(), "paused", context)
+        job = await self._tell(request.job_id, machine.PauseRequested(), "pause", "paused", context)
         return control_pb2.PauseJobResponse(job=self._view(job))
 
     async def ResumeJob(self, request: control_pb2.ResumeJobRequest, context: Aborting) -> control_pb2.ResumeJobResponse:  # type: ignore[override]
-        job = await self._tell(request.job_id, machine.ResumeRequested(), "resumed", context)
+        job = await self._tell(request.job_id, machine.ResumeRequested(), "resume", "resumed", context)
         return control_pb2.ResumeJobResponse(job=self._view(job))
 
     async def ListDevices(self, request: control_pb2.ListDevicesRequest, context: Aborting) -> control_pb2.ListDevicesResponse:  # type: ignore[override]
@@ -124,7 +136,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"round {number} of job {job.job_id} is no longer kept; kept are {kept}")
         assert job.machine.prepared is not None
         texts = adapter.texts(adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry))
-        self._engine.hold(entry.state.digest)
+        self._engine.retention.hold(entry.state.digest)
         state = messages_pb2.BlobRef(digest=entry.state.digest, size_bytes=entry.state.size_bytes)
         files = [control_pb2.AdapterFile(name=adapter.STATE_FILE, blob=state)]
         files += [control_pb2.AdapterFile(name=name, inline=text.encode()) for name, text in sorted(texts.items())]
@@ -148,6 +160,33 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             lines.append(line)
         return control_pb2.GetLogsResponse(lines=lines[::-1])
 
+    async def CollectGarbage(  # type: ignore[override]
+        self, request: control_pb2.CollectGarbageRequest, context: Aborting
+    ) -> control_pb2.CollectGarbageResponse:
+        older_than_s = request.jobs_older_than_s
+        if not 0.0 <= older_than_s < math.inf:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "jobs_older_than_s must be 0 or a number of seconds above it")
+        try:
+            found = await self._engine.collect_garbage(request.keep_rounds, older_than_s, dry_run=request.dry_run)
+        except DiskFullError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        if not request.dry_run:
+            await self._note(context, "gc", "", "done", f"blobs={found.blobs} folders={found.folders} spools={found.spools}")
+        return control_pb2.CollectGarbageResponse(**asdict(found))
+
+    async def ListAudit(self, request: control_pb2.ListAuditRequest, context: Aborting) -> control_pb2.ListAuditResponse:  # type: ignore[override]
+        limit = min(request.limit or AUDIT_ENTRIES_MAX, AUDIT_ENTRIES_MAX)
+        rows = await self._database.read(lambda c: records.load_audit(c, limit))
+        entries: list[control_pb2.AuditEntry] = []
+        room = convert.ANSWER_BYTES_MAX
+        for row in reversed(rows):
+            entry = control_pb2.AuditEntry(**row.__dict__)
+            room -= entry.ByteSize() + 8
+            if room < 0:
+                break
+            entries.append(entry)
+        return control_pb2.ListAuditResponse(entries=entries[::-1])
+
     # -- small parts
 
     async def _find(self, name: str, context: Aborting) -> LiveJob:
@@ -158,14 +197,23 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no job is called {convert.clean(name, 80)!r}; {hint}")
         return job
 
-    async def _tell(self, name: str, event: machine.Event, done: str, context: Aborting) -> LiveJob:
+    async def _tell(self, name: str, event: machine.Event, action: str, done: str, context: Aborting, detail: str = "") -> LiveJob:
+        if self._engine.find(name) is None:
+            await self._note(context, action, name, "refused", "no such job")
         job = await self._find(name, context)
         if job.ended:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, f"job {job.job_id} is {job.machine.status} and cannot be {done} any more"
-            )
+            why = f"job {job.job_id} is {job.machine.status} and cannot be {done} any more"
+            await self._note(context, action, job.job_id, "refused", why)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         await self._engine.ask(job.job_id, event)
+        await self._note(context, action, job.job_id, "done", detail)
         return job
+
+    async def _note(self, context: Aborting, action: str, subject: str, outcome: str, detail: str) -> None:
+        """Write down what was asked, before it is answered. A full disk must not undo the answer: the log has the line then."""
+        row = records.AuditRow(time.time(), _line(context.peer(), 100), action, _line(subject, 100), outcome, _line(detail, 1000))
+        if not await self._database.try_write(lambda tx: records.add_audit(tx, row)):
+            log.error("audit not written actor=%s action=%s subject=%s outcome=%s detail=%r", *_told(row))
 
     def _view(self, job: LiveJob, history: bool = False) -> control_pb2.JobView:
         folder = ""
@@ -176,7 +224,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             reasons = self._registry.explain(job.needs, self._engine.busy_devices(), time.monotonic())
             waiting = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())[:3])
         online = frozenset(self._registry.sessions)
-        return convert.job_view(job, folder, online=online, waiting=waiting, history=history)
+        view = convert.job_view(job, folder, online=online, waiting=waiting, history=history)
+        if self._engine.trouble and not job.ended:
+            view.message = f"{self._engine.trouble}; goes on when there is room"
+        return view
 
     def _device(self, row: records.DeviceRow) -> control_pb2.DeviceView:
         line = self._fleet.lines.get(row.device_id)
@@ -202,3 +253,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             view.telemetry.CopyFrom(line.telemetry)
             view.task_id = line.telemetry.task_id
         return view
+
+
+def _line(text: str, characters_max: int) -> str:
+    return " ".join(convert.clean(text, characters_max).split())
+
+
+def _told(row: records.AuditRow) -> tuple[str, str, str, str, str]:
+    return row.actor, row.action, row.subject, row.outcome, row.detail

@@ -55,6 +55,7 @@ _FAILURES: Mapping[messages_pb2.FailureKind.ValueType, FailureKind] = {
 _FAILURES_BACK: Mapping[FailureKind, messages_pb2.FailureKind.ValueType] = {
     **{kind: number for number, kind in _FAILURES.items()},
     "stalled": messages_pb2.FAILURE_KIND_TRANSFER,
+    "norm": messages_pb2.FAILURE_KIND_NOT_FINITE,
 }
 _STATES: Mapping[JobStatus, control_pb2.JobState.ValueType] = {
     "queued": control_pb2.JOB_STATE_QUEUED,
@@ -86,6 +87,11 @@ def clean(text: str, limit: int = TEXT_CHARS_MAX) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text[:limit])
 
 
+def line(text: str, limit: int) -> str:
+    """As `clean`, without new lines and tabs, for what is shown or logged on one line."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
 # --- from agents
 
 
@@ -98,14 +104,14 @@ def greeting(hello: fleet_pb2.Hello, address: str) -> Greeting:
         data_names=frozenset(hello.data_names),
         methods=frozenset(hello.methods),
         accepts_tasks=hello.availability.accepts_tasks,
-        reason=clean(hello.availability.reason, 200),
+        reason=line(hello.availability.reason, 200),
         address=address,
     )
 
 
 def failure(message: messages_pb2.Failure) -> Failure:
     kind = _FAILURES.get(message.kind, "internal")
-    return Failure(kind, clean(message.stage, 40), clean(message.message), clean(message.traceback, TRACEBACK_CHARS_MAX))
+    return Failure(kind, line(message.stage, 40), clean(message.message), clean(message.traceback, TRACEBACK_CHARS_MAX))
 
 
 def evaluation(message: messages_pb2.Evaluation) -> Evaluation:
@@ -125,7 +131,7 @@ def update(header: blob_pb2.UploadHeader) -> Update:
 
 def metrics(items: Iterable[messages_pb2.Metric]) -> Metrics:
     """At most 64 named figures."""
-    return {clean(item.name, 64): item.value for item, _ in zip(items, range(64), strict=False)}
+    return {line(item.name, 64): item.value for item, _ in zip(items, range(64), strict=False)}
 
 
 # --- to agents
@@ -170,6 +176,11 @@ def receipt(task_id: str, lease: int, answer: Receipt) -> messages_pb2.Receipt:
     return messages_pb2.Receipt(task_id=task_id, lease=lease, status=_RECEIPTS[answer.status], reason=answer.reason)
 
 
+def foreign_epoch(epoch: int, own: int) -> Receipt:
+    """The answer to a result of another epoch."""
+    return Receipt("refused", f"the result is of epoch {epoch}, this coordinator is in epoch {own}: an older state was restored")
+
+
 # --- to operators
 
 
@@ -186,6 +197,9 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         message = job.host_stage or "the model host loads the base"
     elif state.status == "waiting" and waiting:
         message = f"{message} ({waiting})" if message else waiting
+    if state.quarantined:
+        named = f"quarantined: {'; '.join(state.quarantined.values())}"
+        message = f"{message}; {named}" if message else named
     open_round = state.round
     up, down = job.moved_bytes()
     view = control_pb2.JobView(

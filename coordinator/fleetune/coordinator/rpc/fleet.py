@@ -122,8 +122,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         name = line.session.greeting.name
         await self._save(line.session.greeting, line.hello)
         log.info("device=%s online id=%s address=%s", name, line.session.greeting.device_id, line.session.greeting.address)
-        held = frozenset(task.task_id for task in line.hello.held)
-        running = frozenset(task.task_id for task in line.hello.held if task.stage == fleet_pb2.HELD_STAGE_RUNNING)
+        ours = [task for task in line.hello.held if self._is_ours(task.epoch)]
+        held = frozenset(task.task_id for task in ours)
+        running = frozenset(task.task_id for task in ours if task.stage == fleet_pb2.HELD_STAGE_RUNNING)
+        self._drop_foreign(line)
         self._engine.device_online(line.session, held, running)
         writer = asyncio.create_task(self._write(line, context), name=f"to {name}")
         reader = asyncio.create_task(self._read(line, context), name=f"from {name}")
@@ -137,6 +139,25 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, grpc.aio.BaseError | asyncio.TimeoutError):
                     log.error("device=%s session failed", name, exc_info=result)
+
+    def _is_ours(self, epoch: int) -> bool:
+        """Whether what a device has is of this coordinator's epoch; an agent from before the field does not say."""
+        return epoch in (0, self._epoch)
+
+    def _drop_foreign(self, line: Line) -> None:
+        """Stop work that was begun before a restore: its ids may mean other work now. Before any new task is sent on this line."""
+        foreign = [task for task in line.hello.held if not self._is_ours(task.epoch)]
+        if foreign:
+            log.warning(
+                "device=%s has %d tasks of epoch %d, this is epoch %d: refused, an older state was restored",
+                line.session.greeting.name,
+                len(foreign),
+                foreign[0].epoch,
+                self._epoch,
+            )
+        for task in foreign:
+            if task.stage == fleet_pb2.HELD_STAGE_RUNNING:
+                self.withdraw(line.session.greeting.device_id, task.task_id, "an older state of the coordinator was restored")
 
     def drain(self, reason: str) -> None:
         """Tell everybody that the coordinator is about to stop."""
@@ -170,15 +191,15 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 kind=fleet_pb2.REFUSAL_KIND_PROTOCOL,
                 message=f"the agent speaks protocol {hello.protocol_major}.{hello.protocol_minor}, this coordinator "
                 f"{channel.PROTOCOL_MAJOR}.{channel.PROTOCOL_MINOR}; install matching versions (coordinator {self._version}, "
-                f"agent {convert.clean(hello.agent_version, 40)}).",
+                f"agent {convert.line(hello.agent_version, 40)}).",
             )
         if self.draining:
             return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_DRAINING, message="the coordinator is about to stop", retry_after_s=1.0)
         wrong = ""
         if not NAME.fullmatch(hello.device_name):
-            wrong = f"the device name {convert.clean(hello.device_name, 80)!r} is not 1 to 63 of A-Z a-z 0-9 . _ -"
+            wrong = f"the device name {convert.line(hello.device_name, 80)!r} is not 1 to 63 of A-Z a-z 0-9 . _ -"
         elif not DEVICE_ID.fullmatch(hello.device_id):
-            wrong = f"the device id {convert.clean(hello.device_id, 80)!r} is not 8 to 64 of A-Z a-z 0-9 -"
+            wrong = f"the device id {convert.line(hello.device_id, 80)!r} is not 8 to 64 of A-Z a-z 0-9 -"
         elif not hello.instance_id or len(hello.instance_id) > 64:
             wrong = "the instance id is empty or longer than 64 characters"
         elif max(len(hello.tags), len(hello.data_names), len(hello.methods), len(hello.held)) > 1000:
@@ -259,10 +280,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 await self._log(line, message.log)
             case "availability":
                 said = message.availability
-                self._registry.announce(line.session, said.accepts_tasks, convert.clean(said.reason, 200))
+                self._registry.announce(line.session, said.accepts_tasks, convert.line(said.reason, 200))
                 self._engine.availability_changed()
             case "leaving":
-                log.info("device=%s leaves reason=%r", line.session.greeting.name, convert.clean(message.leaving.reason, 200))
+                log.info("device=%s leaves reason=%r", line.session.greeting.name, convert.line(message.leaving.reason, 200))
                 return True
             case _:
                 # A newer agent's message: its minor version may add kinds that this coordinator does not know.
@@ -271,13 +292,17 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _outcome(self, line: Line, outcome: fleet_pb2.TaskOutcome) -> None:
         device_id = line.session.greeting.device_id
+        if not self._is_ours(outcome.epoch):
+            refused = convert.foreign_epoch(outcome.epoch, self._epoch)
+            line.send(fleet_pb2.SessionResponse(receipt=convert.receipt(outcome.task_id, outcome.lease, refused)))
+            return
         match outcome.WhichOneof("outcome"):
             case "failure":
                 answer = await self._engine.take_failure(outcome.task_id, device_id, convert.failure(outcome.failure))
             case "evaluation":
                 answer = await self._engine.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
             case "refusal":
-                reason = convert.clean(outcome.refusal.reason, 200)
+                reason = convert.line(outcome.refusal.reason, 200)
                 # Nothing more for it for a while, or it would refuse in a loop.
                 self._registry.refused(line.session, reason, self._monotonic())
                 answer = await self._engine.take_refusal(outcome.task_id, device_id, reason)
@@ -292,7 +317,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if len(line.logged_lines) > 1000:
             line.logged_lines.clear()
         room = 2000 - line.logged_lines.get(task_id, 0)
-        lines = [convert.clean(text, 1000) for text in message.lines[: max(0, room)]]
+        lines = [convert.line(text, 1000) for text in message.lines[: max(0, room)]]
         if lines:
             line.logged_lines[task_id] = line.logged_lines.get(task_id, 0) + len(lines)
             greeting = line.session.greeting

@@ -1,8 +1,9 @@
 """Blobs: bytes under their digest, each whole and durable or not there at all.
 
-Layout: `blobs/abcd...` holds finished blobs (read-only files), `spool/` what is on its way. One flat folder, since every folder that a
-commit touched costs it an fsync, and file systems index the few thousand names well. A blob is durable once it has been
-adopted or put *and* `sync` has returned; several may share one `sync`.
+Layout: `blobs/abcd...` holds finished blobs (read-only files), `spool/` what is on its way, `damaged/` what no longer had its digest.
+One flat folder, since every folder that a commit touched costs it an fsync, and file systems index the few thousand names well. A blob
+is durable once it has been adopted or put *and* `sync` has returned; several may share one `sync`. A flush that fails raises
+DurabilityError: the kernel may have dropped what it could not write, so to ask again would be answered with success.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from fleetune.errors import DiskFullError
+from fleetune.errors import DiskFullError, DurabilityError
 from fleetune.wire import digests
 from fleetune.wire.chunks import Spool
 
@@ -28,6 +29,7 @@ from fleetune.wire.chunks import Spool
 RESERVE_BYTES = 4 << 20
 # A name outside the store may share the blob's bytes: nobody should edit them in place.
 READ_ONLY = 0o444
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 
 
@@ -48,6 +50,7 @@ class BlobStore:
         self.root = root
         self._blobs = root / "blobs"
         self._spool = root / "spool"
+        self._damaged = root / "damaged"
         self._reserve_bytes = reserve_bytes
         self._touched: set[Path] = set()
         self._touched_lock = threading.Lock()
@@ -92,9 +95,18 @@ class BlobStore:
         _removed_if_idle(self._spool_path(key, ref), math.inf)
 
     def adopt(self, spool: Spool) -> str:
-        """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool."""
+        """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool.
+
+        DurabilityError: end the process.
+        """
         target = self.path(spool.digest)
-        spool.finish(fsync=True, move_to=target)
+        try:
+            spool.finish(fsync=True, move_to=target)
+        except OSError as error:
+            if error.errno in _FULL:
+                spool.path.unlink(missing_ok=True)  # read again, it would look whole as long as the kernel remembers it
+                raise DiskFullError(f"No space left in {self._blobs} for blob {spool.digest[:12]}.", "Make room on that disk.") from error
+            raise _not_durable(target, error) from error
         target.chmod(READ_ONLY)
         self._touch()
         return spool.digest
@@ -125,7 +137,7 @@ class BlobStore:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view) :]
-                os.fsync(fd)
+                _flush(fd, aside)
             finally:
                 os.close(fd)
             os.replace(aside, target)
@@ -142,12 +154,41 @@ class BlobStore:
         if not _linked(source, target, aside):
             _copy(source, target, aside)
 
+    def has_room(self) -> bool:
+        """Whether more than the reserve is free on the disk."""
+        disk = os.statvfs(self.root)
+        return disk.f_bavail * disk.f_frsize > self._reserve_bytes
+
     def verify(self, digest: str) -> bool:
         """Whether the blob is there and its bytes still have its digest; reads all of it."""
         try:
             return digests.of_file(self.path(digest)) == digest
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False  # the disk cannot read it any more
+
+    def quarantine(self, digest: str) -> bool:
+        """Take a damaged blob out of the store, so that nobody uses it and a whole one can take its place. False where there was none."""
+        self._damaged.mkdir(exist_ok=True)
+        try:
+            os.replace(self.path(digest), self._damaged / digest)
+        except FileNotFoundError:
+            return False
+        self._touch()
+        return True
+
+    def quarantined(self) -> dict[str, int]:
+        """Digest that each should have had -> size in bytes."""
+        if not self._damaged.is_dir():
+            return {}
+        return {path.name: path.stat().st_size for path in sorted(self._damaged.iterdir())}
+
+    def drop_quarantined(self) -> None:
+        for digest in self.quarantined():
+            (self._damaged / digest).unlink(missing_ok=True)
 
     def delete(self, digest: str) -> bool:
         """Remove the blob's name; open readers and other names keep the bytes. False where there was none."""
@@ -168,14 +209,29 @@ class BlobStore:
             for folder in sorted(folders):
                 _fsync(folder)
 
-    def clean_spool(self, older_than_s: float, now_s: float | None = None) -> int:
-        """Remove spooled files last written more than `older_than_s` ago that nobody is writing; returns how many."""
+    def clean_spool(self, older_than_s: float, now_s: float | None = None, open_keys: Collection[str] = ()) -> int:
+        """Remove spooled files last written more than `older_than_s` ago that nobody is writing; returns how many.
+
+        What has arrived for one of `open_keys` stays.
+        """
         before_s = (time.time() if now_s is None else now_s) - older_than_s
-        return sum(_removed_if_idle(path, before_s) for path in sorted(self._spool.iterdir()))
+        return sum(_removed_if_idle(path, before_s) for path in self.stale_spool(open_keys, older_than_s, now_s))
+
+    def stale_spool(self, open_keys: Collection[str], older_than_s: float, now_s: float | None = None) -> dict[Path, int]:
+        """Spooled files, with their sizes in bytes, that belong to none of the keys and were last written so long ago."""
+        before_s = (time.time() if now_s is None else now_s) - older_than_s
+        prefixes = {_key_part(key) for key in open_keys}
+        found: dict[Path, int] = {}
+        for path in sorted(self._spool.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # it has become a blob meanwhile
+                stat = path.stat()
+                if stat.st_mtime < before_s and path.name.partition("-")[0] not in prefixes:
+                    found[path] = stat.st_size
+        return found
 
     def _spool_path(self, key: str, ref: Addressed) -> Path:
-        # Hashed, because a key is text from the network.
-        return self._spool / digests.of_bytes(f"{key}\0{ref.digest}\0{ref.size_bytes}".encode("utf-8", "surrogatepass"))
+        address = digests.of_bytes(f"{key}\0{ref.digest}\0{ref.size_bytes}".encode("utf-8", "surrogatepass"))
+        return self._spool / f"{_key_part(key)}-{address}"
 
     def _touch(self) -> None:
         with self._touched_lock:
@@ -183,6 +239,11 @@ class BlobStore:
 
     def _aside(self) -> Path:
         return self._spool / f"{uuid.uuid4().hex}.part"
+
+
+def _key_part(key: str) -> str:
+    """How the names begin of all that arrives for `key`. Hashed, because a key is text from the network."""
+    return digests.of_bytes(key.encode("utf-8", "surrogatepass"))[:32]
 
 
 def _linked(source: Path, target: Path, aside: Path) -> bool:
@@ -213,7 +274,7 @@ def _removed_on_error(aside: Path) -> Generator[None, None, None]:
         yield
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _FULL:
             raise DiskFullError(f"No space left in {aside.parent}.", "Make room on that disk.") from error
         raise
 
@@ -221,9 +282,25 @@ def _removed_on_error(aside: Path) -> Generator[None, None, None]:
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _flush(fd, path)
     finally:
         os.close(fd)
+
+
+def _flush(fd: int, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise _not_durable(path, error) from error
+
+
+def _not_durable(path: Path, error: OSError) -> DurabilityError:
+    return DurabilityError(
+        f"The disk did not take what was written to {path}: {error.strerror}.",
+        "Look at the system's log and the disk's health; then start again. Nothing that was acknowledged depends on it.",
+    )
 
 
 def _removed_if_idle(path: Path, before_s: float) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, update
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
-from fleetune.coordinator.store import schema
+from fleetune.coordinator.store import copies, migrations, schema
 from fleetune.errors import ConfigError
 from fleetune.workers import Workers
+
+log = logging.getLogger("fleetune.store")
 
 T = TypeVar("T")
 
@@ -33,9 +37,12 @@ class Database:
         self._engine = _engine(path)
 
     async def open(self) -> None:
-        """Create what is missing. Raises ConfigError for a file that is no database or is newer than this program."""
+        """Create what is missing, upgrade what is older after copying it aside.
+
+        Raises ConfigError for a file that is no database or is newer than this program, DiskFullError where the copy has no room.
+        """
         try:
-            await self.write(lambda tx: _prepare(tx, self._path))
+            await self._writer.run(_prepare, self._engine, self._path)
         except (DatabaseError, sqlite3.DatabaseError) as error:  # the driver's own where the very first statement fails
             reason = error.orig if isinstance(error, DatabaseError) else error
             raise ConfigError(
@@ -50,6 +57,16 @@ class Database:
                 return change(tx)
 
         return await self._writer.run(run)
+
+    async def try_write(self, change: Callable[[Connection], object]) -> bool:
+        """As `write`, for what may be missing: False where the disk is full."""
+        try:
+            await self.write(change)
+        except OperationalError as error:
+            if not isinstance(error.orig, sqlite3.Error) or not copies.is_full(error.orig):
+                raise
+            return False
+        return True
 
     async def read(self, question: Callable[[Connection], T]) -> T:
         """Run `question` beside the writer, on the last committed state."""
@@ -86,19 +103,63 @@ def _engine(path: Path | None) -> Engine:
     return engine
 
 
-def _prepare(tx: Connection, path: Path | None) -> None:
-    found: str | None = None
-    tables = set(inspect(tx).get_table_names())
-    if schema.meta.name in tables:
-        found = tx.execute(select(schema.meta.c.value).where(schema.meta.c.key == "schema_version")).scalar()
-    elif tables:
-        raise ConfigError(f"{path} is a database of another program.", "Name another state_dir.")
+def _prepare(engine: Engine, path: Path | None) -> None:
+    with engine.connect() as connection:
+        found = _found(connection, path)
     if found is None:
-        schema.metadata.create_all(tx)
-        tx.execute(insert(schema.meta).values(key="schema_version", value=str(schema.SCHEMA_VERSION)))
-        tx.execute(insert(schema.meta).values(key="epoch", value="1"))
-    elif int(found) > schema.SCHEMA_VERSION:
+        with _exclusive(engine) as tx:
+            _create(tx)
+    elif found > schema.SCHEMA_VERSION:
         raise ConfigError(
             f"the database {path} has schema version {found}, this program knows up to {schema.SCHEMA_VERSION}.",
             "Install the newer program again, or restore the backup made before the upgrade.",
         )
+    elif found < schema.SCHEMA_VERSION:
+        assert path is not None
+        kept = copies.before_upgrade(path, revision_of(found))
+        with _exclusive(engine) as tx:
+            _upgrade(tx, found)
+        log.warning("database upgraded from schema version %d to %d, the one before is kept as %s", found, schema.SCHEMA_VERSION, kept)
+
+
+def _found(connection: Connection, path: Path | None) -> int | None:
+    """The schema version of the tables that are there; None for an empty database."""
+    tables = set(inspect(connection).get_table_names())
+    if schema.meta.name not in tables:
+        if tables:
+            raise ConfigError(f"{path} is a database of another program.", "Name another state_dir.")
+        return None
+    if schema.revision.name in tables and (revision := connection.execute(select(schema.revision.c.version_num)).scalar()):
+        return int(revision)
+    # From before the revisions, when the version stood here alone.
+    version = connection.execute(select(schema.meta.c.value).where(schema.meta.c.key == "schema_version")).scalar()
+    return int(version) if version is not None else None
+
+
+def _create(tx: Connection) -> None:
+    schema.metadata.create_all(tx)
+    tx.execute(insert(schema.revision).values(version_num=revision_of(schema.SCHEMA_VERSION)))
+    tx.execute(insert(schema.meta).values(key="schema_version", value=str(schema.SCHEMA_VERSION)))
+    tx.execute(insert(schema.meta).values(key="epoch", value="1"))
+
+
+def _upgrade(tx: Connection, found: int) -> None:
+    if schema.revision.name not in inspect(tx).get_table_names():
+        schema.revision.create(tx)
+        tx.execute(insert(schema.revision).values(version_num=revision_of(found)))
+    migrations.upgrade(tx)
+    # For a program from before the revisions: it refuses by this number what it does not know.
+    tx.execute(update(schema.meta).where(schema.meta.c.key == "schema_version").values(value=str(schema.SCHEMA_VERSION)))
+
+
+@contextlib.contextmanager
+def _exclusive(engine: Engine) -> Generator[Connection, None, None]:
+    """One transaction that holds tables, too: Python's driver begins one by itself only before it changes rows."""
+    with engine.begin() as tx:
+        tx.exec_driver_sql("BEGIN IMMEDIATE")
+        yield tx
+
+
+def revision_of(version: int) -> str:
+    """2 -> "0002", as the revisions are named."""
+    return f"{version:04d}"

@@ -17,6 +17,12 @@ from fleetune.coordinator.store import schema
 
 LOG_LINES_PER_JOB = 20_000
 
+EPOCH_KEY = "epoch"
+"""In `meta`: changes with every restore, so that results of a lost future are told apart."""
+
+RESTORED_KEY = "restored"
+"""In `meta`, where this database came out of a backup: since when and of which time, for people."""
+
 # Left alone, pydantic writes NaN as null, which is no number when it is read again. `| None`, because a dataclass by itself
 # takes no settings from outside.
 _JSON = ConfigDict(ser_json_inf_nan="constants")
@@ -171,6 +177,12 @@ def find_update(connection: Connection, task_id: str) -> UpdateRow | None:
     return UpdateRow(row.task_id, row.job_id, row.round, row.device_id, row.digest, row.status, row.unix_s) if row else None
 
 
+def drop_updates(tx: Connection, task_ids: Sequence[str]) -> None:
+    """Take acceptances back: the tasks may be answered with other bytes."""
+    if task_ids:
+        tx.execute(delete(schema.updates).where(schema.updates.c.task_id.in_(task_ids)))
+
+
 def add_blobs(tx: Connection, rows: Sequence[BlobRow]) -> None:
     if rows:
         tx.execute(upsert(schema.blobs).on_conflict_do_nothing(), [row.__dict__ for row in rows])
@@ -242,6 +254,36 @@ def load_logs(connection: Connection, job_id: str, device_name: str) -> list[Log
 
 def read_meta(connection: Connection, key: str) -> str | None:
     return connection.execute(select(schema.meta.c.value).where(schema.meta.c.key == key)).scalar()
+
+
+def write_meta(tx: Connection, key: str, value: str) -> None:
+    statement = upsert(schema.meta).values(key=key, value=value)
+    tx.execute(statement.on_conflict_do_update(index_elements=["key"], set_={"value": value}))
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What somebody asked for and what became of it: `outcome` is "done" or "refused", `detail` tells more."""
+
+    unix_s: float
+    actor: str
+    action: str
+    subject: str
+    outcome: str
+    detail: str = ""
+    sequence: int = 0
+    """Given by the database."""
+
+
+def add_audit(tx: Connection, row: AuditRow) -> None:
+    values = {"unix_s": row.unix_s, "actor": row.actor, "action": row.action, "subject": row.subject}
+    tx.execute(insert(schema.audit).values(**values, outcome=row.outcome, detail=row.detail))
+
+
+def load_audit(connection: Connection, limit: int) -> list[AuditRow]:
+    """The newest `limit` rows, the newest last."""
+    rows = connection.execute(select(schema.audit).order_by(schema.audit.c.sequence.desc()).limit(limit)).all()
+    return [AuditRow(r.unix_s, r.actor, r.action, r.subject, r.outcome, r.detail, r.sequence) for r in reversed(rows)]
 
 
 def _event_values(row: EventRow) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""Tables of the coordinator's database.
+"""Tables of the coordinator's database, as the newest migration leaves them.
+
+A change here comes with a revision in `migrations/versions`: new databases are made from these tables, older ones are brought to them,
+and a test holds the two to the same result.
 
 `jobs.machine` is the round machine as JSON: the truth from which a restart goes on. It is written in the same transaction as
 the events that changed it. `events` is the history for people and for checkers; nothing reads it to decide.
@@ -6,11 +9,15 @@ the events that changed it. `events` is the history for people and for checkers;
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table, Text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
+
+# Alembic's own: the revision that the tables have.
+revision = Table("alembic_version", metadata, Column("version_num", String(32), nullable=False))
+revision.append_constraint(PrimaryKeyConstraint("version_num", name="alembic_version_pkc"))
 
 meta = Table("meta", metadata, Column("key", String, primary_key=True), Column("value", String, nullable=False))
 
@@ -102,4 +109,20 @@ logs = Table(
     Column("device_name", String, nullable=False),
     Column("text", Text, nullable=False),
     Index("logs_by_job", "job_id", "device_name", "sequence"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("unix_s", Float, nullable=False),
+    # Who asked: the peer's address.
+    Column("actor", String, nullable=False),
+    # "submit", "cancel", "pause", "resume" or "restore"
+    Column("action", String, nullable=False),
+    # What it was about: a job's id, or the name that was asked for where there is none.
+    Column("subject", String, nullable=False),
+    # "done" or "refused"
+    Column("outcome", String, nullable=False),
+    Column("detail", Text, nullable=False),
 )

@@ -1,0 +1,231 @@
+"""A disk that damages what a running job stands on: noticed before it is folded, mended or named."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from fleetune.coordinator import daemon
+from fleetune.coordinator.rounds import adapter, aggregate
+from fleetune.errors import DurabilityError
+from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
+from fleetune.wire import digests
+from support.coordinating import WAIT_S, Coordinator, coordinating, echo_job, settings
+from support.echo_agent import EchoAgent
+from support.spoil import KINDS, Kind, spoil
+
+
+async def _undisturbed(tmp_path: Path, rounds: int) -> str:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        a.serve()
+        b.serve()
+        job = await c.ended(await c.submit(echo_job(rounds=rounds, minimum=2)))
+        state = job.history[-1].state
+        assert state is not None
+        return state.digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_damaged_update_is_made_again_and_never_folded(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind) -> None:
+    expected = await _undisturbed(tmp_path / "undisturbed", 1)
+    async with coordinating(tmp_path / "s") as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        job = await c.submit(echo_job(rounds=1, minimum=2))
+        first, others = await a.next_task(), await b.next_task()
+        data = await a.trained(first)
+        await a.upload(first, data)
+        spoil(c.engine.blobs.path(digests.of_bytes(data)), kind)
+        await b.upload(others, await b.trained(others))
+        again = await a.next_task()
+        assert again.task_id == first.task_id
+        assert again.lease > first.lease
+        assert job.machine.status == "running"
+        receipt = await a.upload(again, await a.trained(again))
+        assert receipt.status == messages_pb2.RECEIPT_STATUS_ACCEPTED
+        await c.ended(job)
+        state = job.history[0].state
+        assert state is not None
+        assert state.digest == expected
+    assert "update damaged on disk" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_update_damaged_while_the_coordinator_was_down_is_asked_for_again(tmp_path: Path, kind: Kind) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        await c.submit(echo_job(rounds=1, minimum=2))
+        task = await a.next_task()
+        data = await a.trained(task)
+        await a.upload(task, data)
+        path = c.engine.blobs.path(digests.of_bytes(data))
+        await b.next_task()
+    spoil(path, kind)
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        again = await a.next_task()  # at once, while the other one still trains
+        assert again.task_id == task.task_id
+        assert again.lease > task.lease
+        await a.upload(again, await a.trained(again))
+        b.serve()
+        job = await c.ended(c.engine.jobs[task.task_id.split("/")[0]])
+        assert job.machine.status == "completed"
+
+
+async def _second_round(c: Coordinator, a: EchoAgent) -> tuple[messages_pb2.Task, bytes]:
+    """The open task of round 2 and its finished update; round 1's folder is written."""
+    first = await a.next_task()
+    await a.upload(first, await a.trained(first))
+    second = await a.next_task()
+    job = c.engine.jobs[second.task_id.split("/")[0]]
+    async with job.publishing:
+        return second, await a.trained(second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_damaged_state_with_a_whole_copy_is_mended_before_the_fold(tmp_path: Path, kind: Kind) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        job = await c.submit(echo_job(rounds=2))
+        task, data = await _second_round(c, a)
+        path = c.engine.blobs.path(task.state.digest)
+        copy = path.read_bytes()
+        path.unlink()
+        path.write_bytes(copy)  # bytes of its own, beside the folder's
+        spoil(path, kind)
+        await a.upload(task, data)
+        await c.ended(job)
+        assert job.machine.status == "completed"
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut"])
+async def test_a_damaged_state_without_a_copy_ends_the_job_by_name(tmp_path: Path, kind: Kind) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        job = await c.submit(echo_job(rounds=2))
+        task, data = await _second_round(c, a)
+        spoil(c.engine.blobs.path(task.state.digest), kind)  # the folder's file is the same file
+        await a.upload(task, data)
+        await c.ended(job)
+        assert job.machine.status == "failed"
+        assert "is damaged on the coordinator's disk" in job.machine.message
+        assert "restore a backup" in job.machine.message
+        assert job.machine.committed == 1, "nothing was folded on it"
+
+
+async def test_a_state_damaged_while_the_coordinator_was_down_ends_the_job_at_start(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        job = await c.submit(echo_job(rounds=2))
+        task = await a.next_task()
+        path = c.engine.blobs.path(task.state.digest)
+    spoil(path, "flip")
+    async with coordinating(tmp_path) as c:
+        found = await c.ended(c.engine.jobs[job.job_id])
+        assert found.machine.status == "failed"
+        assert "the check at start failed" in found.machine.message
+        assert "damaged" in found.machine.message
+
+
+async def test_a_device_that_could_not_use_what_it_fetched_makes_the_coordinator_look(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        job = await c.submit(echo_job(rounds=1, minimum=2))
+        task = await a.next_task()
+        await b.next_task()
+        spoil(c.engine.blobs.path(task.state.digest), "flip")
+        told = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_TRANSFER, stage="download", message="another digest")
+        await a.say(outcome=fleet_pb2.TaskOutcome(task_id=task.task_id, lease=task.lease, failure=told))
+        await c.ended(job)
+        assert job.machine.status == "failed"
+        assert "serving files failed" in job.machine.message
+
+
+async def test_garbage_is_collected_by_the_operators_call(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        a.serve()
+        job = await c.ended(await c.submit(echo_job(rounds=3)))
+        kept = c.blobs()
+        c.engine.blobs.put_bytes(b"nobody's")
+        found = await c.control.CollectGarbage(control_pb2.CollectGarbageRequest(dry_run=True))
+        assert (found.blobs, found.blob_bytes) == (1, 8)
+        assert await c.control.CollectGarbage(control_pb2.CollectGarbageRequest()) == found
+        assert c.blobs() == kept
+        trimmed = await c.control.CollectGarbage(control_pb2.CollectGarbageRequest(keep_rounds=1))
+        assert (trimmed.blobs, trimmed.folders) == (2, 2)
+        state = job.history[-1].state
+        assert state is not None
+        assert c.blobs() == {state.digest}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await c.control.CollectGarbage(control_pb2.CollectGarbageRequest(jobs_older_than_s=-1))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    async with coordinating(tmp_path) as c:
+        assert c.blobs() == {state.digest}
+        assert adapter.rounds(tmp_path / "jobs", job.job_id) == [3]
+        assert c.engine.jobs[job.job_id].keep_rounds == 1
+
+
+# --- a flush that fails
+
+
+async def _serving(state_dir: Path) -> tuple[asyncio.Task[int], str]:
+    serving = asyncio.create_task(daemon._serve(settings(state_dir, drain_grace_s=5.0)))
+    for _ in range(1000):
+        if (state_dir / "address").exists():
+            break
+        await asyncio.sleep(0.01)
+    return serving, (state_dir / "address").read_text().strip()
+
+
+def _refuse(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no file under `folder` can be flushed."""
+    fsync = os.fsync
+
+    def broken(fd: int) -> None:
+        if f"/{folder}" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", broken)
+
+
+@pytest.mark.parametrize("folder", ["spool", "blobs"])
+async def test_a_flush_that_fails_ends_the_process_before_any_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    serving, address = await _serving(tmp_path)
+    async with EchoAgent(address, "a") as a:
+        control = control_pb2_grpc.ControlServiceStub(a._channel)  # type: ignore[arg-type]
+        await control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=echo_job(), submit_id="eio-eio-eio"))
+        task = await a.next_task()
+        data = await a.trained(task)
+        with monkeypatch.context() as patched:
+            _refuse(folder, patched)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await a.upload(task, data)
+            assert await asyncio.wait_for(serving, WAIT_S) == 1
+        assert a.receipts.empty()
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a", device_id=a.device_id) as again:
+        (job,) = c.engine.jobs.values()
+        assert job.machine.open_task(task.task_id) is not None
+        again.serve()
+        await c.ended(job)
+        assert job.machine.status == "completed"
+
+
+async def test_a_fold_whose_result_cannot_be_flushed_ends_the_process_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(plan: object) -> None:
+        raise DurabilityError("The disk did not take it.")
+
+    serving, address = await _serving(tmp_path)
+    async with EchoAgent(address, "a") as a:
+        control = control_pb2_grpc.ControlServiceStub(a._channel)  # type: ignore[arg-type]
+        with monkeypatch.context() as patched:
+            patched.setattr(aggregate, "fold", broken)
+            a.serve()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=echo_job(), submit_id="eio-eio-eio"))
+            assert await asyncio.wait_for(serving, WAIT_S) == 1
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as again:
+        again.serve()
+        (job,) = c.engine.jobs.values()
+        assert (await c.ended(job)).machine.status == "completed"
