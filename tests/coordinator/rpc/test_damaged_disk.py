@@ -13,13 +13,38 @@ import grpc.aio
 import pytest
 
 from fleetune.coordinator import daemon
-from fleetune.coordinator.rounds import adapter, aggregate
+from fleetune.coordinator.domain import Blob
+from fleetune.coordinator.rounds import adapter, aggregate, damage, engine
+from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DurabilityError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import digests
 from support.coordinating import WAIT_S, Coordinator, coordinating, echo_job, settings
 from support.echo_agent import EchoAgent
 from support.spoil import KINDS, Kind, spoil
+
+
+@pytest.fixture(autouse=True)
+def rechecked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if everything had lain on the disk for long."""
+    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 0.0)
+
+
+async def test_what_was_just_written_is_not_read_again_before_it_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    is_whole = damage.is_whole
+
+    def noted(blobs: BlobStore, blob: Blob) -> bool:
+        read.append(blob.digest)
+        return is_whole(blobs, blob)
+
+    monkeypatch.setattr(damage, "is_whole", noted)
+    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 60.0)
+    await _undisturbed(tmp_path / "young", 2)
+    assert read == []
+    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 0.0)
+    await _undisturbed(tmp_path / "old", 2)
+    assert len(read) >= 6  # two updates and the state in each round
 
 
 async def _undisturbed(tmp_path: Path, rounds: int) -> str:

@@ -58,6 +58,10 @@ SAMPLES_MAX = 2**32
 STALL_S = 900.0
 """A task whose stage and count have not moved for so long is taken for stuck. A step may take minutes on a small board."""
 
+RECHECK_AFTER_S = 60.0
+"""What was checked more recently than this is still in memory: to read it again would tell nothing about the disk, and take a part of
+every short round."""
+
 COMMIT_RETRY_S = 1.0
 
 FOLD_RETRY_S = 2.0
@@ -779,6 +783,13 @@ class Engine:
             self.post(job.job_id, machine.UpdateDamaged(task_id, lease))
         return found
 
+    def _has_lain(self, job: LiveJob) -> bool:
+        """Whether anything that the open round folds was written longer than RECHECK_AFTER_S ago. A restart checks by itself."""
+        entry = job.machine.round
+        written = [entry.started_unix_s] if entry is not None else []
+        written += [job.history[-1].ended_unix_s] if job.history else []
+        return not written or self._wall() - min(written) >= RECHECK_AFTER_S
+
     async def _check_after_restart(self, job: LiveJob) -> None:
         """Early, since a device that must train again does so while the others still train. The coordinator serves meanwhile."""
         await self._check_updates(job)
@@ -812,13 +823,14 @@ class Engine:
         stem = f"{job.job_id}-{command.round_number}-{uuid.uuid4().hex[:8]}"
         out, out_optimizer = self._scratch / f"{stem}.state", self._scratch / f"{stem}.optimizer"
         try:
-            # The bytes lay on a disk since their digests were checked: nothing damaged gets into the sum.
-            if await self._check_updates(job):
-                return None
-            standing = damage.standing(self._facts(job))
-            if ailment := await self._on_disk(damage.ailment, self.blobs, self.jobs_folder, standing):
-                self.post(job.job_id, machine.HostFailed("folding", Failure("internal", "storage", ailment)))
-                return None
+            if self._has_lain(job):
+                # The bytes lay on a disk since their digests were checked: nothing damaged gets into the sum.
+                if await self._check_updates(job):
+                    return None
+                standing = damage.standing(self._facts(job))
+                if ailment := await self._on_disk(damage.ailment, self.blobs, self.jobs_folder, standing):
+                    self.post(job.job_id, machine.HostFailed("folding", Failure("internal", "storage", ailment)))
+                    return None
             result = await self._folder.run(self._fold_now, job, command, out, out_optimizer)
             async with contextlib.AsyncExitStack() as kept:
                 found = ((out, result.digest), (out_optimizer, result.optimizer_digest))
