@@ -219,8 +219,18 @@ class EchoAgent:
         return await self.stream(requests())
 
     async def stream(self, requests: AsyncIterator[blob_pb2.UploadRequest]) -> messages_pb2.Receipt:
-        response = await self._blobs.Upload(requests, timeout=ANSWER_S)
-        return response.receipt
+        call = self._blobs.Upload(timeout=ANSWER_S)
+        try:
+            async for request in requests:
+                try:
+                    await call.write(request)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    break  # answered before it had all; the call knows the answer, the write only that the stream ended
+            else:
+                await call.done_writing()
+            return (await call).receipt
+        finally:
+            call.cancel()
 
 
 def chunks(data: bytes, begin: int, end: int) -> list[blob_pb2.Chunk]:
