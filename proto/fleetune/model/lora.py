@@ -208,6 +208,18 @@ def blocks(names: Iterable[str]) -> list[list[str]]:
     return [grouped[depth] for depth in sorted(grouped)]
 
 
+def block_name(name: str) -> str:
+    """What people call the block of depth that a tensor lies in.
+
+    >>> block_name("base_model.model.bert.encoder.layer.0.query.lora_A.weight"), block_name("base_model.model.classifier.bias")
+    ('layer.0', 'head')
+    """
+    place, decoder, _, index = _depth(name)
+    if place == 1:
+        return f"decoder.layer.{index}" if decoder else f"layer.{index}"
+    return "embeddings" if place == 0 else "head"
+
+
 def _depth(name: str) -> tuple[int, bool, str, int]:
     match = _BLOCK.match(name)
     if match is not None:

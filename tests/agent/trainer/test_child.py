@@ -114,3 +114,15 @@ def test_an_unknown_method_is_an_unsupported_error(child: ChildClient, state: Pa
 def test_a_device_without_rows_is_a_data_error(child: ChildClient, bert: Path, state: Path, tmp_path: Path) -> None:
     error = child.ask("train", **train_fields(_task(), state, tmp_path / "update", bert))["error"]
     assert error["kind"] == "data"
+
+
+def test_a_device_with_only_validation_rows_measures_and_says_why_it_does_not_train(
+    child: ChildClient, bert: Path, state: Path, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "held-out.jsonl", [{"text": "the red lamp", "label": "red"}, {"text": "the sea", "label": "blue"}])
+    fields = train_fields(_task(), state, tmp_path / "update", bert, validation=rows)
+    answer = child.ask("evaluate", **{**fields, "out_path": None})
+    assert messages_pb2.Evaluation.FromString(base64.b64decode(answer["result"]["evaluation"])).rows == 2
+    error = child.ask("train", **fields)["error"]
+    assert error["kind"] == "data"
+    assert "only validation rows of 'colours'" in error["message"]

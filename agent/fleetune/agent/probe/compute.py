@@ -57,6 +57,15 @@ def board(root: Path = Path("/")) -> str:
     return ""
 
 
+def processor(root: Path = Path("/")) -> str:
+    """The processor's model as the kernel names it; empty on most ARM boards, which the device tree names instead."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"), "")
+
+
 def accelerator(root: Path = Path("/"), system: str | None = None, machine: str | None = None) -> Accelerator:
     """What the device files tell. Whether torch can use it is seen by the training child."""
     if (root / "dev/nvidia0").exists():

@@ -37,6 +37,33 @@ def tightest(total_bytes: int, available_bytes: int, groups: Sequence[cgroup.Mem
     return Memory(min(totals), min(min(free), min(totals)))
 
 
+@dataclass(frozen=True)
+class Room:
+    """What training may take, and the limit that says so: machine, control group, address space, or configured."""
+
+    free_bytes: int
+    bound_by: str
+
+
+def training_room(configured_bytes: int | None = None, root: Path = Path("/")) -> Room:
+    """Memory that is free for a training child now. A GPU's own memory is seen by the child alone."""
+    return tightest_room(psutil.virtual_memory().available, cgroup.memory_groups(root), address_space_bytes(), configured_bytes)
+
+
+def tightest_room(
+    available_bytes: int, groups: Sequence[cgroup.MemoryGroup], address_space: int | None, configured_bytes: int | None
+) -> Room:
+    """The smallest bound with its name; among equals the machine's comes first."""
+    bounds = [(available_bytes, "machine")]
+    bounds += [(max(0, group.limit_bytes - group.used_bytes), "control group") for group in groups]
+    if address_space is not None:
+        bounds.append((address_space, "address space"))
+    if configured_bytes is not None:
+        bounds.append((configured_bytes, "configured"))
+    free_bytes, bound_by = min(bounds, key=lambda bound: bound[0])
+    return Room(free_bytes, bound_by)
+
+
 def address_space_bytes() -> int | None:
     """RLIMIT_AS of this process; None without one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -21,7 +21,7 @@ def main() -> int:
     # Libraries may fill their caches; they may not fetch anything while they train.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return serve({"train": train, "evaluate": evaluate, "ping": ping})
+    return serve({"train": train, "evaluate": evaluate, "ping": ping, "measure": measure})
 
 
 def train(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
@@ -54,6 +54,13 @@ def ping(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     return answer
 
 
+def measure(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
+    """Speed and memory of this machine, and of a model on it."""
+    from fleetune.agent.trainer import measure as measuring
+
+    return measuring.measure(fields, emit)
+
+
 def parse(fields: Mapping[str, object]) -> Work:
     """A request's fields as a Work. The parent is the same version of the same program, so the types are its word."""
     task = messages_pb2.Task.FromString(base64.b64decode(str(fields["task"])))
@@ -81,8 +88,7 @@ def _data(value: object) -> DeviceData | None:
     if not value:
         return None
     files = cast("Mapping[str, object]", value)
-    train_file = _file(files.get("train"))
-    return None if train_file is None else DeviceData(train_file, _file(files.get("validation")))
+    return DeviceData(_file(files.get("train")), _file(files.get("validation")))
 
 
 def _file(value: object) -> DataFile | None:

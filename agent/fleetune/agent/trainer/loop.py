@@ -269,7 +269,8 @@ def saved_bytes(adapted: AdaptedModel, item: Example) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An output that is kept as it is would hold the graph that holds it: a circle that nothing collects.
+        return tensor.detach()
 
     adapted.model.train()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

@@ -1,0 +1,381 @@
+"""How fast this machine trains a job's model down to each depth, and in how much memory: request `measure` of the training child."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import math
+import random
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import psutil
+import torch
+
+from fleetune.agent.probe import curve
+from fleetune.agent.trainer.pace import Pace
+from fleetune.child.entry import Emit
+from fleetune.errors import ModelError
+from fleetune.model import accelerator as accelerators
+from fleetune.model import depths, flops, lora, recipe
+from fleetune.model.accelerator import Accelerator
+from fleetune.model.batches import Example, collate
+from fleetune.model.depths import DepthBlock
+from fleetune.model.lora import AdaptedModel
+from fleetune.model.recipe import CAUSAL_LM, CLASSIFICATION
+from fleetune.v1 import messages_pb2
+
+WARMUP_STEPS = 3
+TIMED_STEPS = 5
+
+DEPTH_BUDGET_S = 60.0
+"""A slow board takes fewer steps per depth than it should rather than half an hour; at least one warm-up and two timed ones."""
+
+PEAK_MARGIN = 1.2
+"""Memory that a planner reckons with, over the measured peak: rows of other lengths cut the heap into other pieces."""
+
+HEAP_FACTOR = 2.0
+"""Resident over accounted bytes where the peak cannot be measured: glibc's heap was seen to take 1.6 to 2.0 times what is alive."""
+
+MATMUL_SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096, 8192), "mps": (512, 1024, 2048)}
+MATMUL_S = 0.3
+"""Seconds spent on each size."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured depth. `cpu_s` is all threads' time of a step; `accounted_bytes` is what must be alive.
+
+    `peak_bytes` is above the loaded model, and None where nothing tells.
+    """
+
+    depth: int
+    step_s: float
+    spread_s: float
+    cpu_s: float
+    timed_steps: int
+    saved_bytes: int
+    accounted_bytes: int
+    peak_bytes: int | None
+    flops: int
+
+
+def measure(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
+    """Answers with figures of the machine and, where `base_folder` and `recipe` are given, of that model on it.
+
+    Fields: base_folder, recipe (base64 of fleetune.v1.Recipe), batch_rows, depths (list, None: a few), warmup_steps, timed_steps,
+    only (train nothing but the block at the depth), limits as for `train`.
+    """
+    limits = cast("Mapping[str, object]", fields.get("limits") or {})
+    accelerator = accelerators.pick(str(limits.get("accelerator") or "auto"))
+    threads = accelerators.set_threads(int(str(limits.get("threads") or 0)))
+    folder = fields.get("base_folder")
+    known = recipe.from_proto(messages_pb2.Recipe.FromString(base64.b64decode(str(fields["recipe"])))) if folder else None
+    dtype = (accelerators.base_dtype(known.dtype if known else "auto", accelerator)) or torch.float32
+    machine = _machine(accelerator, threads, dtype, emit)
+    answer: dict[str, object] = {"machine": machine}
+    if known is None or not folder:
+        return answer
+    emit("progress", stage="loading", done=0, total=1)
+    adapted = lora.load(Path(str(folder)), known, accelerator, seed=1)
+    emit("progress", stage="loading", done=1, total=1)
+    rows = int(str(fields.get("batch_rows") or 16))
+    wanted = cast("Sequence[int] | None", fields.get("depths"))
+    bench = _Bench(
+        adapted,
+        rows,
+        int(str(fields.get("warmup_steps") or WARMUP_STEPS)),
+        int(str(fields.get("timed_steps") or TIMED_STEPS)),
+        bool(fields.get("only")),
+        emit,
+    )
+    model = bench.run(wanted)
+    answer["model"] = model
+    # Of the peak that this device reaches itself, not of a data sheet's.
+    answer["mfu"] = float(str(model["flops_per_s"])) / float(str(machine["peak_flops_per_s"]))
+    return answer
+
+
+class _Bench:
+    """One model and one batch of full length, whose tokens are made up: time and memory do not depend on what they say."""
+
+    def __init__(self, adapted: AdaptedModel, rows: int, warmup: int, timed: int, only: bool, emit: Emit) -> None:
+        self._adapted = adapted
+        self._accelerator = adapted.accelerator
+        self._warmup = warmup
+        self._timed = timed
+        self._only = only
+        self._emit = emit
+        self._rows = rows
+        self._blocks = depths.depth_blocks(adapted)
+        self._batch = collate(_examples(adapted, rows), _pad_id(adapted), adapted.accelerator.device)
+        # Before any step: what a step leaves on the heap would count twice.
+        self._loaded_bytes = _resident_bytes(adapted.accelerator)
+        adapted.model.train()
+
+    def run(self, wanted: Sequence[int] | None) -> dict[str, object]:
+        count = len(self._blocks)
+        chosen = sorted(set(wanted)) if wanted else curve.chosen_depths(count)
+        if chosen[0] < 1 or chosen[-1] > count:
+            raise ModelError(f"Depths {chosen} are asked for; this model has depths 1 to {count}.", "Name depths that it has.")
+        progress = Pace(self._emit, "measuring")
+        total = len(chosen) + 1
+        progress.at(0, total)
+        forward_s, forward_spread_s, _, _ = self._timings(self._forward)
+        progress.at(1, total)
+        points: list[Point] = []
+        for number, depth in enumerate(chosen):
+            points.append(self._point(depth))
+            progress.at(number + 2, total)
+        return self._answer(forward_s, forward_spread_s, points)
+
+    def _point(self, depth: int) -> Point:
+        trained = self._blocks[depth - 1 : depth] if self._only else self._blocks[:depth]
+        parameters = [parameter for block in trained for parameter in block.parameters]
+        with depths.training_only(self._adapted, trained):
+            optimiser = torch.optim.AdamW(parameters, lr=1e-6)
+            saved = depths.saved_bytes(self._adapted, self._batch)
+            with flops.counting(self._adapted.model) as counted:
+                self._adapted.model(**self._batch)
+            own = counted.step + self._attention(trained).step
+
+            def step() -> None:
+                self._adapted.model(**self._batch).loss.backward()
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+
+            peak = _peak_bytes(self._accelerator, step)
+            step_s, spread_s, cpu_s, timed = self._timings(step)
+        # Gradients live beside the two moments of AdamW.
+        trained_bytes = 3 * sum(block.size_bytes for block in trained)
+        accounted = saved + trained_bytes + self._workspace_bytes()
+        return Point(depth, step_s, spread_s, cpu_s, timed, saved, accounted, peak, own)
+
+    def _timings(self, step: Callable[[], None]) -> tuple[float, float, float, int]:
+        """(median, spread between the quartiles, mean CPU seconds, how many) of the timed runs, within the budget."""
+        began = time.monotonic()
+        for number in range(self._warmup):
+            step()
+            if number and time.monotonic() - began > DEPTH_BUDGET_S / 3:
+                break
+        self._wait()
+        seconds: list[float] = []
+        cpu_began = time.process_time()
+        while len(seconds) < self._timed and (len(seconds) < 2 or time.monotonic() - began < DEPTH_BUDGET_S):
+            started = time.perf_counter()
+            step()
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+        cpu_s = (time.process_time() - cpu_began) / len(seconds)
+        ordered = sorted(seconds)
+        spread = ordered[(3 * (len(ordered) - 1)) // 4] - ordered[(len(ordered) - 1) // 4]
+        return statistics.median(ordered), spread, cpu_s, len(ordered)
+
+    def _forward(self) -> None:
+        with torch.no_grad():
+            self._adapted.model(**self._batch)
+
+    def _wait(self) -> None:
+        if self._accelerator.kind == "cuda":
+            torch.cuda.synchronize()
+        elif self._accelerator.kind == "mps":
+            torch.mps.synchronize()
+
+    def _tokens(self) -> int:
+        return int(self._batch["input_ids"].shape[1])
+
+    def _widths(self) -> tuple[int, int]:
+        """(hidden size, widest layer inside) in values per token."""
+        config = self._adapted.model.config
+        hidden = next((int(value) for name in ("hidden_size", "d_model", "n_embd") if (value := getattr(config, name, None))), 0)
+        inner = next(
+            (int(value) for name in ("intermediate_size", "d_ff", "n_inner") if (value := getattr(config, name, None))), 4 * hidden
+        )
+        return hidden, inner
+
+    def _attention(self, trained: Sequence[DepthBlock]) -> flops.Count:
+        hidden, _ = self._widths()
+        layers = [block for block in self._blocks if "layer." in block.name]
+        deepest = trained[-1]
+        crossed = len([block for block in layers if self._blocks.index(block) <= self._blocks.index(deepest)])
+        return flops.attention(self._rows, self._tokens(), hidden, len(layers), crossed)
+
+    def _workspace_bytes(self) -> int:
+        """What one layer has alive for a moment and keeps no further: four of its widest activations, and the logits twice."""
+        hidden, inner = self._widths()
+        config = self._adapted.model.config
+        heads = int(getattr(config, "num_attention_heads", 0) or 0)
+        tokens = self._rows * self._tokens()
+        scores = self._rows * heads * self._tokens() ** 2
+        outputs = self._rows * len(self._adapted.recipe.labels)
+        if self._adapted.recipe.model_task != CLASSIFICATION:
+            outputs = tokens * int(getattr(config, "vocab_size", 0) or 0)
+        return 4 * (4 * tokens * max(hidden, inner) + 2 * outputs + (scores if hidden and heads else 0))
+
+    def _answer(self, forward_s: float, forward_spread_s: float, points: Sequence[Point]) -> dict[str, object]:
+        count = len(self._blocks)
+        steps_s = {point.depth: point.step_s for point in points}
+        intercept, slope, explained = curve.affine(steps_s)
+        deepest = points[-1]
+        peaks = {point.depth: float(_reckoned_bytes(self._accelerator, point)) for point in points}
+        tokens = self._rows * self._tokens()
+        return {
+            "blocks": [
+                {
+                    "name": block.name,
+                    "tensors": list(block.tensor_names),
+                    "parameters": block.parameter_count,
+                    "size_bytes": block.size_bytes,
+                }
+                for block in self._blocks
+            ],
+            "batch_rows": self._rows,
+            "tokens_per_row": self._tokens(),
+            "forward_s": forward_s,
+            "forward_spread_s": forward_spread_s,
+            "points": [dict(vars(point)) for point in points],
+            "step_s": curve.filled(steps_s, count),
+            "line": {"intercept_s": intercept, "slope_s": slope, "explained": explained},
+            "saved_bytes": [round(value) for value in curve.filled({point.depth: float(point.saved_bytes) for point in points}, count)],
+            "step_bytes": [math.ceil(value) for value in curve.filled(peaks, count)],
+            "step_bytes_source": "measured" if all(point.peak_bytes is not None for point in points) else "accounted",
+            "loaded_bytes": self._loaded_bytes,
+            "tokens_per_s": tokens / deepest.step_s,
+            "step_flops": [round(value) for value in curve.filled({point.depth: float(point.flops) for point in points}, count)],
+            "flops_per_s": deepest.flops / deepest.step_s,
+        }
+
+
+def _machine(accelerator: Accelerator, threads: int, dtype: torch.dtype, emit: Emit) -> dict[str, object]:
+    """What the accelerator is and the best rate at which it multiplies matrices."""
+    sizes = MATMUL_SIZES[accelerator.kind]
+    progress = Pace(emit, "matmul")
+    rates: dict[str, float] = {}
+    for number, size in enumerate(sizes):
+        progress.at(number, len(sizes))
+        rates[str(size)] = _matmul_rate(size, accelerator, dtype)
+    progress.at(len(sizes), len(sizes))
+    answer: dict[str, object] = {
+        "accelerator": accelerator.kind,
+        "accelerator_name": torch.cuda.get_device_name() if accelerator.kind == "cuda" else "",
+        "torch_version": str(torch.__version__),
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_flops_per_s": rates,
+        "peak_flops_per_s": max(rates.values()),
+    }
+    if accelerator.kind == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        answer |= {"gpu_memory_free_bytes": free, "gpu_memory_total_bytes": total}
+    return answer
+
+
+def _matmul_rate(size: int, accelerator: Accelerator, dtype: torch.dtype) -> float:
+    """Operations per second of the fastest square product of this size."""
+    left = torch.randn(size, size, device=accelerator.device).to(dtype)
+    right = torch.randn(size, size, device=accelerator.device).to(dtype)
+    best = math.inf
+    began = time.monotonic()
+    runs = 0
+    while runs < 3 or time.monotonic() - began < MATMUL_S:
+        started = time.perf_counter()
+        product = left @ right
+        if accelerator.kind == "cuda":
+            torch.cuda.synchronize()
+        elif accelerator.kind == "mps":
+            torch.mps.synchronize()
+        best = min(best, time.perf_counter() - started)
+        runs += 1
+        del product
+    return 2.0 * size**3 / best
+
+
+def _peak_bytes(accelerator: Accelerator, step: Callable[[], None]) -> int | None:
+    """Highest memory above the present during two steps; None where the system does not tell."""
+    accelerators.release_memory(accelerator)
+    if accelerator.kind == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - int(before)
+    gc.collect()
+    before = _resident_bytes(accelerator)
+    if accelerator.kind != "cpu" or not _forget_peak():
+        step()
+        step()
+        return None
+    step()
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _forget_peak() -> bool:
+    """Sets the kernel's record of the highest resident memory back to the present; False where it has none."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+    except OSError:
+        return False
+    # Some sandboxes accept the write and do nothing.
+    return 0 < _status_bytes("VmHWM") <= 1.01 * _status_bytes("VmRSS") + (1 << 20)
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024
+    return 0
+
+
+def _resident_bytes(accelerator: Accelerator) -> int:
+    if accelerator.kind == "cuda":
+        return int(torch.cuda.memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def _reckoned_bytes(accelerator: Accelerator, point: Point) -> int:
+    """What a planner reckons with at a depth: the measured peak with a margin, never less than what must be alive."""
+    if point.peak_bytes is None:
+        return math.ceil(point.accounted_bytes * (HEAP_FACTOR if accelerator.kind == "cpu" else PEAK_MARGIN))
+    return math.ceil(point.peak_bytes * PEAK_MARGIN)
+
+
+def _examples(adapted: AdaptedModel, rows: int) -> list[Example]:
+    known = adapted.recipe
+    source = random.Random(1)
+    vocabulary = int(adapted.model.get_input_embeddings().num_embeddings)
+    length = known.data.max_length_tokens
+    config = adapted.model.config
+    longest = _setting(config, "max_position_embeddings", "n_positions") or length
+    # RoBERTa's positions begin after its padding token.
+    length = max(1, min(length, longest - (_pad_id(adapted) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)))
+
+    def tokens(count: int) -> array[int]:
+        pad = _pad_id(adapted)
+        return array("i", (token if token != pad else (token + 1) % vocabulary for token in source.choices(range(vocabulary), k=count)))
+
+    examples: list[Example] = []
+    for number in range(rows):
+        ids = tokens(length)
+        if known.model_task == CLASSIFICATION:
+            examples.append(Example(ids, None, None, number % len(known.labels), 1))
+        else:
+            labels = ids if known.model_task == CAUSAL_LM else tokens(known.data.max_target_length_tokens)
+            examples.append(Example(ids, None, labels, -1, len(labels)))
+    return examples
+
+
+def _setting(config: object, *names: str) -> int | None:
+    """The first of a configuration's settings that is there: families of models name the same thing differently."""
+    return next((int(value) for name in names if (value := getattr(config, name, None))), None)
+
+
+def _pad_id(adapted: AdaptedModel) -> int:
+    return int(adapted.tokenizer.pad_token_id or 0)
