@@ -48,6 +48,10 @@ class Candidate:
 
     device_id: str
     name: str
+    trains: bool = True
+    """It has rows of the job's data to train on, or the job needs none."""
+    evaluates: bool = True
+    """The same of rows to measure on."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +133,35 @@ def test_a_dropped_folder_leaves_its_blob(tmp_path: Path, store: BlobStore, foun
     assert adapter.rounds(jobs, "never") == []
     assert found.entry.state is not None
     assert store.has(found.entry.state.digest)
+
+
+def test_a_drop_that_is_cut_short_leaves_no_half_folder(
+    tmp_path: Path, store: BlobStore, found: adapter.Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = tmp_path / "jobs"
+    adapter.write(jobs, store, found)
+
+    def killed(path: Path) -> None:
+        (path / adapter.STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.drop(jobs, "intents-1234", 7)
+    assert adapter.rounds(jobs, "intents-1234") == []
+
+
+def test_a_start_clears_away_what_a_crash_has_left_and_nothing_else(tmp_path: Path, store: BlobStore, found: adapter.Adapter) -> None:
+    jobs = tmp_path / "jobs"
+    folder = adapter.write(jobs, store, found)
+    adapter.point(jobs, "intents-1234", "best", 7)
+    (folder.parent / ".0008.12ab34cd").mkdir()
+    (folder.parent / ".0008.12ab34cd" / adapter.STATE_FILE).write_bytes(b"linked")
+    (jobs / "intents-1234" / ".final.12ab34cd").symlink_to("rounds/0008")
+    (jobs / "intents-1234" / ".notes").write_text("somebody's own")
+    adapter.tidy(jobs, "intents-1234")
+    adapter.tidy(jobs, "never")
+    assert [path.name for path in folder.parent.iterdir()] == ["0007"]
+    assert sorted(path.name for path in (jobs / "intents-1234").iterdir()) == [".notes", "best", "rounds"]
+    assert adapter.is_whole(jobs, found)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fleetune.coordinator.domain import Blob, Prepared, RoundEntry
-from fleetune.coordinator.rounds import adapter, damage
+from fleetune.coordinator.rounds import adapter, damage, needs
+from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.rounds.needs import JobFacts
 from fleetune.coordinator.store.blobs import BlobStore
@@ -33,7 +34,7 @@ def running(state: Blob, **prepared: object) -> JobFacts:
     machine.status, machine.state = "waiting", state
     if prepared:
         machine.prepared = Prepared(state, "t", **prepared)  # type: ignore[arg-type]  # its own fields
-    return JobFacts("job", machine, [], 3)
+    return JobFacts("job", machine, History(), 3)
 
 
 def committed(store: BlobStore, jobs: Path, *, own_bytes: bool) -> tuple[JobFacts, Blob]:
@@ -41,7 +42,7 @@ def committed(store: BlobStore, jobs: Path, *, own_bytes: bool) -> tuple[JobFact
     state = put(store)
     job = running(state)
     job.machine.committed = 1
-    job = JobFacts("job", job.machine, [RoundEntry(1, "committed", 0.0, state=state)], 3)
+    job = JobFacts("job", job.machine, History.of([RoundEntry(1, "committed", 0.0, state=state)]), 3)
     folder = adapter.folder(jobs, "job", 1)
     folder.mkdir(parents=True)
     if own_bytes:
@@ -83,7 +84,7 @@ def test_an_older_whole_round_is_named_as_the_way_out(store: BlobStore, tmp_path
     job, first = committed(store, tmp_path / "jobs", own_bytes=False)
     second = put(store, b"the second state")
     job.machine.state, job.machine.committed = second, 2
-    job = JobFacts("job", job.machine, [*job.history, RoundEntry(2, "committed", 0.0, state=second)], 3)
+    job = JobFacts("job", job.machine, History.of([*job.history, RoundEntry(2, "committed", 0.0, state=second)]), 3)
     spoil(store.path(second.digest), "flip")
     told = damage.ailment(store, tmp_path / "jobs", damage.standing(job))
     assert "fleetune export job DIR --round 1" in told
@@ -132,3 +133,24 @@ def test_an_ended_job_loses_nothing_but_the_log_line(store: BlobStore, tmp_path:
     spoil(store.path(state.digest), "cut")
     assert damage.ailment(store, tmp_path / "jobs", damage.standing(job)) == ""
     assert "kept state of round 1" in caplog.text
+
+
+def test_a_new_state_in_evaluation_is_no_ailment_since_it_can_be_made_again(store: BlobStore, tmp_path: Path) -> None:
+    start, fresh, optimizer = put(store, b"start"), put(store, b"fresh"), put(store, b"optimizer")
+    job = running(start)
+    job.machine.round = RoundEntry(1, "evaluating", 0.0, start_state=start, state=fresh, optimizer=optimizer)
+    assert set(needs.fresh_states(job)) == {fresh.digest, optimizer.digest}
+    spoil(store.path(fresh.digest), "flip")
+    assert damage.ailment(store, tmp_path / "jobs", damage.standing(job)) == ""
+    assert damage.withdrawn_any(store, needs.fresh_states(job).values())
+    assert store.has(optimizer.digest) and not store.has(fresh.digest)
+    assert fresh.digest in needs.needed_by(job), "what is made again is not cleared away"
+
+
+def test_a_new_state_that_is_the_one_the_round_began_with_cannot_be_made_again(store: BlobStore) -> None:
+    start = put(store, b"start")
+    job = running(start)
+    job.machine.round = RoundEntry(1, "evaluating", 0.0, start_state=start, state=start)
+    assert needs.fresh_states(job) == {}
+    job.machine.round = RoundEntry(1, "folding", 0.0, start_state=start)
+    assert needs.fresh_states(job) == {}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fleetune.coordinator.domain import Blob, Evaluation, Failure, FoldOutcome, Update
+from fleetune.coordinator.domain import Blob, Candidate, Evaluation, Failure, FoldOutcome, Update
 from fleetune.coordinator.rounds import machine as m
 from fleetune.coordinator.store import records
 from support.machines import Desk, blob, devices, only
@@ -619,3 +619,135 @@ def test_a_damaged_update_of_an_absent_device_is_waited_for_no_longer_than_for_a
     desk.do(m.UpdateDamaged(desk.task("a"), sent["id-a"].lease, online=False))
     (fold,) = only(desk.after(15.0), m.Fold)
     assert [c.device_id for c in fold.contributions] == ["id-b"]
+
+
+# --- who trains and who measures
+
+
+def who(*words: str) -> tuple[Candidate, ...]:
+    """Candidates as "name:te": what each can do, train or evaluate."""
+    split = [word.partition(":") for word in words]
+    return tuple(Candidate(f"id-{name}", name, "t" in can, "e" in can) for name, _, can in split)
+
+
+def test_a_device_without_train_rows_never_trains_and_does_not_count_for_the_minimum() -> None:
+    desk = Desk(minimum=2)
+    desk.prepare()
+    assert desk.do(m.Offered(who("a:te", "panel:e"))) == []
+    assert desk.machine.message == "waits for devices: 1 of at least 2 are ready; 1 more can only measure"
+    sent = only(desk.do(m.Offered(who("a:te", "b:t", "panel:e"))), m.SendTask)
+    assert [(task.device_id, task.kind) for task in sent] == [("id-a", "train"), ("id-b", "train")]
+
+
+def test_a_sample_of_devices_is_drawn_from_those_that_train() -> None:
+    for seed in range(20):
+        desk = Desk(per_round=2, seed=seed)
+        desk.prepare()
+        sent = only(desk.do(m.Offered(who("a:t", "b:t", "c:te", "p:e", "q:e"))), m.SendTask)
+        assert len(sent) == 2 and not {task.device_id for task in sent} & {"id-p", "id-q"}
+
+
+def test_a_device_without_validation_rows_never_measures() -> None:
+    desk = Desk(evaluation="devices")
+    desk.open("a", "b")
+    desk.update("a")
+    desk.update("b")
+    measured = only(desk.do(m.Folded(1, FoldOutcome(blob("state 1")), who("a:te", "b:t", "panel:e"))), m.SendTask)
+    assert [(task.device_id, task.kind) for task in measured] == [("id-a", "evaluate"), ("id-panel", "evaluate")]
+
+
+def test_a_round_that_nobody_can_measure_is_committed_all_the_same() -> None:
+    desk = Desk(evaluation="devices")
+    desk.open("a")
+    desk.update("a")
+    commands = desk.do(m.Folded(1, FoldOutcome(blob("state 1")), who("a:t")))
+    assert only(commands, m.CommitRound)[0].entry.metrics == {}
+
+
+# --- a turn for a resumed job
+
+
+def test_a_job_resumed_while_others_have_their_turn_gets_in_line_again() -> None:
+    desk = Desk()
+    desk.commit("a")
+    desk.do(m.PauseRequested())
+    assert desk.status() == "paused"
+    assert desk.do(m.ResumeRequested(turn=False)) == []
+    assert (desk.status(), desk.machine.message) == ("queued", "resumed; waits for its turn")
+    started = desk.machine.started_unix_s
+    desk.now += 50
+    assert desk.do(m.Started()) == [], "it is prepared"
+    assert (desk.status(), desk.machine.started_unix_s, desk.machine.waiting_since_unix_s) == ("waiting", started, desk.now)
+    desk.commit("a")
+    assert desk.machine.committed == 2
+
+
+def test_a_job_in_line_again_may_be_paused_and_resumed_there() -> None:
+    desk = Desk()
+    desk.prepare()
+    desk.do(m.PauseRequested())
+    desk.do(m.ResumeRequested(turn=False))
+    desk.do(m.PauseRequested())
+    assert (desk.status(), desk.machine.message) == ("queued", m.PAUSED_IN_LINE)
+    desk.do(m.ResumeRequested(turn=True))
+    assert (desk.status(), desk.machine.message) == ("queued", "")
+    desk.do(m.Started())
+    assert desk.status() == "waiting"
+
+
+def test_a_job_that_pauses_later_goes_on_where_it_is() -> None:
+    desk = Desk()
+    desk.open("a")
+    desk.do(m.PauseRequested())
+    desk.do(m.ResumeRequested(turn=False))
+    assert (desk.status(), desk.machine.paused, desk.machine.message) == ("running", False, "")
+
+
+# --- a new state that is damaged before its commit
+
+
+def in_evaluation(source: str = "devices") -> Desk:
+    """A round whose fold is done: `a` has measured it, `b` measures."""
+    desk = Desk(evaluation=source)
+    desk.open("a", "b")
+    desk.update("a", samples=2)
+    desk.update("b", samples=3)
+    desk.fold("a", "b")
+    if source == "devices":
+        desk.measured("a", accuracy=0.1)
+    return desk
+
+
+def test_a_damaged_new_state_is_folded_again_and_measured_again_by_all() -> None:
+    desk = in_evaluation()
+    withdrawn, fold = desk.do(m.StateDamaged(1))
+    assert withdrawn == m.WithdrawTask(desk.machine.plan.job_id + "/1/id-b/evaluate", "id-b", withdrawn.reason)  # type: ignore[union-attr]
+    assert isinstance(fold, m.Fold)
+    assert [(c.device_id, c.weight) for c in fold.contributions] == [("id-a", 2), ("id-b", 3)]
+    assert desk.phase() == "folding"
+    assert desk.machine.round is not None and desk.machine.round.state is None
+    sent = only(desk.fold("a", "b"), m.SendTask)
+    assert [(task.device_id, task.kind) for task in sent] == [("id-a", "evaluate"), ("id-b", "evaluate")]
+    desk.measured("a", accuracy=0.5)
+    (commit,) = only(desk.measured("b", accuracy=0.7), m.CommitRound)
+    assert commit.entry.metrics == {"accuracy": pytest.approx(0.6)}
+
+
+def test_a_damaged_new_state_of_another_round_or_phase_changes_nothing() -> None:
+    desk = in_evaluation()
+    assert desk.do(m.StateDamaged(2)) == []
+    assert desk.phase() == "evaluating"
+    desk = Desk()
+    desk.open("a")
+    assert desk.do(m.StateDamaged(1)) == []
+    assert desk.phase() == "training"
+
+
+@pytest.mark.parametrize("source", ["devices", "heldout"])
+def test_a_new_state_damaged_while_the_coordinator_was_down_is_folded_once(source: str) -> None:
+    desk = in_evaluation(source)
+    commands = desk.do(m.Restarted(state_damaged=True))
+    assert len(only(commands, m.Fold)) == 1
+    assert not only(commands, m.EvaluateHeldout)
+    again = desk.fold("a", "b")
+    assert only(again, m.SendTask) if source == "devices" else only(again, m.EvaluateHeldout)

@@ -116,6 +116,16 @@ class Jobs(RuleBasedStateMachine):
             assert (entry.status, entry.update) == ("assigned", None)
         return sent
 
+    @rule(target=tasks, number=st.integers(0, 5))
+    def new_state_turns_out_damaged(self, number: int) -> Any:
+        machine = self.desk.machine
+        counted = machine.round is not None and machine.round.phase == "evaluating" and machine.round.number == number
+        sent = self._do(m.StateDamaged(number))
+        if counted:
+            assert machine.round is not None
+            assert (machine.round.phase, machine.round.state) == ("folding", None)
+        return sent
+
     @rule(task=tasks)
     def late(self, task: str) -> None:
         self._do(m.UpdateLate(task, "d" * 64))
@@ -158,22 +168,24 @@ class Jobs(RuleBasedStateMachine):
         self.desk.now += seconds
         self._do(m.Ticked())
 
-    @rule(pause=st.booleans())
-    def operator(self, pause: bool) -> None:
-        self._do(m.PauseRequested() if pause else m.ResumeRequested())
+    @rule(pause=st.booleans(), turn=st.booleans())
+    def operator(self, pause: bool, turn: bool) -> None:
+        self._do(m.PauseRequested() if pause else m.ResumeRequested(turn))
+        if self.desk.machine.status == "queued" and not self.desk.machine.paused and turn:
+            self._do(m.Started())
 
     @rule(chance=st.integers(0, 19))
     def cancel(self, chance: int) -> None:
         if chance == 0:
             self._do(m.CancelRequested("x"))
 
-    @rule()
-    def restart(self) -> None:
+    @rule(damaged=st.booleans())
+    def restart(self, damaged: bool) -> None:
         text = records.dump_machine(self.desk.machine)
         again = records.load_machine(text)
         assert records.dump_machine(again) == text
         self.desk.machine = again
-        self._do(m.Restarted())
+        self._do(m.Restarted(state_damaged=damaged))
 
     @invariant()
     def sound(self) -> None:

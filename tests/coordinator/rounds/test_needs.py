@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fleetune.coordinator.domain import Blob, Prepared, RoundEntry, TaskEntry, Update
 from fleetune.coordinator.rounds import needs
+from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.rounds.needs import JobFacts, Trim
 from support.machines import PLAN
@@ -46,7 +47,7 @@ def facts(draw: Any, name: str = "job") -> JobFacts:
         machine.prepared = Prepared(draw(blobs), "t", files=tuple(("f", b.digest, b.size_bytes) for b in draw(st.lists(blobs, max_size=3))))
     if machine.status == "running":
         machine.round = _entry(len(history) + 1, draw(rounds))
-    return JobFacts(name + draw(st.sampled_from("abc")), machine, history, draw(st.integers(0, 4)))
+    return JobFacts(name + draw(st.sampled_from("abc")), machine, History.of(history, range(100)), draw(st.integers(0, 4)))
 
 
 jobs_of = st.lists(facts(), max_size=4)
@@ -54,7 +55,7 @@ jobs_of = st.lists(facts(), max_size=4)
 
 def _last_and_best(job: JobFacts) -> set[str]:
     numbers = {job.machine.committed, job.machine.best_round} - {0}
-    return {state.digest for n in numbers if (state := job.history[n - 1].state) is not None}
+    return {state.digest for n in numbers if (entry := job.history.get(n)) is not None and (state := entry.state) is not None}
 
 
 def _running(job: JobFacts) -> set[str]:
@@ -102,6 +103,6 @@ def test_trimming_touches_neither_running_jobs_nor_last_and_best(jobs: list[JobF
 def test_without_a_wish_nothing_is_trimmed() -> None:
     machine = JobMachine(PLAN)
     machine.status, machine.committed = "completed", 5
-    assert needs.trimmed([JobFacts("job", machine, [], 3)], None) == {}
-    assert needs.trimmed([JobFacts("job", machine, [], 3)], Trim(1, 0.0)) == {"job": 1}
-    assert needs.trimmed([JobFacts("job", machine, [], 3)], Trim(4, 0.0)) == {}, "never more than before"
+    assert needs.trimmed([JobFacts("job", machine, History(), 3)], None) == {}
+    assert needs.trimmed([JobFacts("job", machine, History(), 3)], Trim(1, 0.0)) == {"job": 1}
+    assert needs.trimmed([JobFacts("job", machine, History(), 3)], Trim(4, 0.0)) == {}, "never more than before"

@@ -13,6 +13,7 @@ import pytest
 
 from fleetune.coordinator.domain import Blob, RoundEntry, TaskEntry, Update
 from fleetune.coordinator.rounds import adapter
+from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.rounds.needs import JobFacts, Trim
 from fleetune.coordinator.rounds.retention import SPOOL_IDLE_S, Garbage, Retention, rounds_kept
@@ -75,7 +76,7 @@ def running(name: str) -> JobFacts:
     machine = JobMachine(PLAN)
     machine.status = "running"
     machine.round = RoundEntry(1, "training", 0.0)
-    return JobFacts(name, machine, [], 3)
+    return JobFacts(name, machine, History(), 3)
 
 
 def accept(job: JobFacts, device: str, blob: Blob) -> None:
@@ -188,7 +189,7 @@ async def test_ended_jobs_are_trimmed_to_the_wish_and_stay_so_after_a_restart(sh
         folder.mkdir(parents=True)
         shelf.blobs.link_out(states[n - 1].digest, folder / adapter.STATE_FILE)
         (folder / adapter.README_FILE).write_text("x" * 10)
-    shelf.jobs = [JobFacts("old", machine, history, 4)]
+    shelf.jobs = [JobFacts("old", machine, History.of(history), 4)]
     assert (await shelf.collect(Trim(1, 99.0))) == Garbage(), "not old enough"
     found = await shelf.collect(Trim(1, 100.0))
     assert (found.blobs, found.folders, found.folder_bytes) == (2, 2, 20)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ STATE_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 README_FILE = "README.md"
 MANIFEST_FILE = "manifest.json"
+
+_ASIDE = re.compile(r"\.([0-9]{4,}|best|final)\.[0-9a-f]{8}")
+"""A folder or a link before it gets its name, and a folder after it has lost it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,22 @@ def drop(jobs: Path, job_id: str, round_number: int) -> None:
     """Remove a round's folder; readers that opened a file keep it."""
     target = folder(jobs, job_id, round_number)
     if target.exists():
-        shutil.rmtree(target)
+        # Gone at once: whoever looks after a crash finds all of it or nothing.
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        os.replace(target, aside)
+        shutil.rmtree(aside)
+
+
+def tidy(jobs: Path, job_id: str) -> None:
+    """Remove what a crash has left of folders and links that were being made or removed; for a start, when nobody makes any."""
+    for place in (jobs / job_id, jobs / job_id / "rounds"):
+        for path in sorted(place.iterdir()) if place.is_dir() else []:
+            if not _ASIDE.fullmatch(path.name):
+                continue
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
 
 def manifest(adapter: Adapter) -> str:

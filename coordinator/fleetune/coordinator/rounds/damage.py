@@ -1,13 +1,14 @@
 """Damage at rest: which blobs no longer have their digest, and where whole bytes of them are still to be had.
 
-A damaged update is asked for again, a damaged state or base file is taken from its other place on disk; nothing damaged is folded. What
-is damaged goes to the store's `damaged/`, so that a person can look at it and nobody else does.
+A damaged update is asked for again, a damaged state or base file is taken from its other place on disk, and a state that is not committed
+yet is folded once more; nothing damaged is folded. What is damaged goes to the store's `damaged/`, so that a person can look at it and
+nobody else does.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Standing:
 
     job_id: str
     running: Mapping[str, Blob]
-    """States that a running job computes with."""
+    """States that a running job computes with and cannot make again."""
     kept: Mapping[str, Blob]
     """States of the rounds it keeps."""
     folders: Mapping[str, tuple[int, ...]]
@@ -39,11 +40,13 @@ def standing(job: JobFacts) -> Standing:
     kept = needs.kept_states(job)
     folders: dict[str, tuple[int, ...]] = {}
     for number in sorted(needs.kept_rounds(job)):
-        if number <= len(job.history) and (state := job.history[number - 1].state) is not None:
+        if (entry := job.history.get(number)) is not None and (state := entry.state) is not None:
             folders[state.digest] = (*folders.get(state.digest, ()), number)
     prepared = None if job.ended else job.machine.prepared
     files = tuple((name, Blob(digest, size)) for name, digest, size in prepared.files) if prepared is not None else ()
-    return Standing(job.job_id, needs.running_states(job), kept, folders, prepared.base_folder if prepared is not None else "", files)
+    fresh = needs.fresh_states(job)
+    running = {digest: blob for digest, blob in needs.running_states(job).items() if digest not in fresh}
+    return Standing(job.job_id, running, kept, folders, prepared.base_folder if prepared is not None else "", files)
 
 
 def is_whole(blobs: BlobStore, blob: Blob) -> bool:
@@ -65,6 +68,11 @@ def withdrawn(blobs: BlobStore, blob: Blob) -> bool:
         return False
     blobs.quarantine(blob.digest)
     return True
+
+
+def withdrawn_any(blobs: BlobStore, suspects: Iterable[Blob]) -> bool:
+    """As `withdrawn`, of several; True where there was one."""
+    return sum(withdrawn(blobs, blob) for blob in suspects) > 0  # all of them, not only the first
 
 
 def ailment(blobs: BlobStore, jobs_folder: Path, job: Standing, *, base_in_full: bool = False) -> str:

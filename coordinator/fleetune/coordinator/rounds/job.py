@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from fleetune.coordinator.domain import ENDED, RoundEntry
+from fleetune.coordinator.domain import ENDED
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Method
 from fleetune.coordinator.registry import Needs
+from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine, JobPlan
+from fleetune.coordinator.rounds.needs import JobFacts
 from fleetune.v1 import messages_pb2
 from fleetune.wire.codec import TensorTable
 
@@ -37,8 +39,7 @@ class LiveJob:
     method: Method
     recipe: messages_pb2.Recipe
     machine: JobMachine
-    history: list[RoundEntry] = field(default_factory=list[RoundEntry])
-    """Committed rounds from 1 on, none left out."""
+    history: History = field(default_factory=History)
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
     table: TensorTable | None = None
     keep_rounds: int = 3
@@ -52,12 +53,12 @@ class LiveJob:
     """Those of them that keep the model host busy: an ended job has no use for them."""
     checking: bool = False
     """Its blobs are being read through after a device could not use what it fetched."""
+    suspect: bool = False
+    """Something that the open round stands on was found damaged: all of it is read before it is folded."""
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Folders are written and dropped in the order of their rounds."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the job has ended and its last folder is written."""
-
-    _moved: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def ended(self) -> bool:
@@ -68,14 +69,10 @@ class LiveJob:
         name = self.spec.data.name if self.method.needs_model else ""
         return Needs(self.method.name, name, frozenset(self.spec.devices.tags))
 
-    def moved_bytes(self) -> tuple[int, int]:
-        """Bytes up and down of the committed rounds. Each round is summed up once: whoever watches a long job asks often."""
-        rounds, up, down = self._moved
-        for entry in self.history[rounds:]:
-            up += entry.upload_bytes()
-            down += entry.download_bytes()
-        self._moved = (len(self.history), up, down)
-        return up, down
+    @property
+    def facts(self) -> JobFacts:
+        """What is to be known of it to tell what it stands on."""
+        return JobFacts(self.job_id, self.machine, self.history, self.keep_rounds)
 
     def touch(self) -> None:
         """Wake those who watch."""

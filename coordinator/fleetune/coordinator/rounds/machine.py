@@ -1,7 +1,8 @@
 """The round machine of one job: events in, commands out, no I/O.
 
     queued -> preparing -> waiting <-> running (training -> folding -> evaluating -> committed) -> completed | failed | cancelled
-                              ^___________ paused ___________|
+       ^                      ^___________ paused ___________|
+       |____________________________________| resumed while as many jobs run as may
 
 Everything that happens to a job reaches `JobMachine.handle` as an event with the time it happened; what is to be done about it
 comes back as commands, which the engine carries out only after the new state is committed. All of a machine's state is plain
@@ -46,6 +47,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 PAUSED = "paused by an operator"
 PAUSES_LATER = "pauses after this round"
 PAUSED_IN_LINE = "paused by an operator before its turn"
+RESUMED_IN_LINE = "resumed; waits for its turn"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ class UpdateDamaged:
 
 
 @dataclass(frozen=True)
+class StateDamaged:
+    """What the fold of a round in evaluation has made is no longer what it was."""
+
+    round_number: int
+
+
+@dataclass(frozen=True)
 class EvaluationArrived:
     task_id: str
     evaluation: Evaluation
@@ -187,12 +196,16 @@ class PauseRequested:
 
 @dataclass(frozen=True)
 class ResumeRequested:
-    pass
+    turn: bool = True
+    """Whether there is a place among the jobs that run at once; without one the job gets in line again."""
 
 
 @dataclass(frozen=True)
 class Restarted:
     """The coordinator has restarted: commands whose effect was only in memory are given again."""
+
+    state_damaged: bool = False
+    """Whether what the fold of a round in evaluation has made is no longer what it was."""
 
 
 Event = (
@@ -203,6 +216,7 @@ Event = (
     | UpdateArrived
     | UpdateLate
     | UpdateDamaged
+    | StateDamaged
     | EvaluationArrived
     | TaskFailed
     | TaskRefused
@@ -398,6 +412,8 @@ class JobMachine:
                 return []
             case UpdateDamaged(task_id, lease, online):
                 return self._take_back(task_id, lease, online, now)
+            case StateDamaged(round_number):
+                return self._fold_again() if self.round is not None and self.round.number == round_number else []
             case EvaluationArrived(task_id, evaluation):
                 return self._accept_evaluation(task_id, evaluation, now)
             case TaskFailed(task_id, failure):
@@ -420,13 +436,16 @@ class JobMachine:
                 return self._end("cancelled", reason, now)
             case PauseRequested():
                 return self._pause()
-            case ResumeRequested():
-                return self._resume(now)
-            case Restarted():
-                return self._restart(now)
+            case ResumeRequested(turn):
+                return self._resume(turn, now)
+            case Restarted(state_damaged):
+                return self._restart(state_damaged, now)
 
     def _start(self, now: float) -> list[Command]:
         if self.status != "queued":
+            return []
+        if self.prepared is not None:  # it has run before, and was resumed while others ran
+            self._wait("waits for devices", now)
             return []
         self.status, self.message, self.started_unix_s = "preparing", "", now
         return [Prepare()]
@@ -448,9 +467,11 @@ class JobMachine:
     def _open_round(self, candidates: Sequence[Candidate], now: float) -> list[Command]:
         if not self.wants_devices() or self.state is None:
             return []
-        usable = sorted((c for c in candidates if c.device_id not in self.excluded), key=lambda c: c.device_id)
+        usable = sorted((c for c in candidates if c.trains and c.device_id not in self.excluded), key=lambda c: c.device_id)
         if len(usable) < self.plan.minimum:
             self.message = f"waits for devices: {len(usable)} of at least {self.plan.minimum} are ready"
+            if only_measure := sum(not c.trains for c in candidates):
+                self.message += f"; {only_measure} more can only measure"
             if self.excluded:
                 self.message += f"; {len(self.excluded)} get no more tasks of this job after failing"
             return []
@@ -505,6 +526,18 @@ class JobMachine:
             # That the disk failed is not the device's fault: it gets the time that the task had at first.
             self.round.deadline_unix_s = now + self.plan.deadline_s
         return [self._send(entry, self._state_of(entry))]
+
+    def _fold_again(self) -> list[Command]:
+        """The new state is lost before its commit: the updates that made it are still there, and make the same once more."""
+        if self.round is None or self.round.phase != "evaluating":
+            return []
+        commands: list[Command] = []
+        for entry in [task for task in self.round.tasks.values() if task.kind == "evaluate"]:
+            if entry.status == "assigned":
+                commands.append(WithdrawTask(entry.task_id, entry.device_id, "the state to measure was damaged, it is made again"))
+            del self.round.tasks[entry.task_id]
+        self.round.phase, self.round.state, self.round.optimizer = "folding", None, None
+        return [*commands, self._fold_command()]
 
     def _accept_evaluation(self, task_id: str, evaluation: Evaluation, now: float) -> list[Command]:
         entry = self.open_task(task_id)
@@ -645,7 +678,7 @@ class JobMachine:
         self.round.phase = "evaluating"
         if self.plan.evaluation == "heldout":
             return [EvaluateHeldout(number, outcome.state)]
-        usable = [c for c in candidates if c.device_id not in self.excluded and c.device_id not in self.unmeasured]
+        usable = [c for c in candidates if c.evaluates and c.device_id not in self.excluded and c.device_id not in self.unmeasured]
         if not usable:
             self.message = f"round {number} was not evaluated: no device was ready"
             return self._commit({}, 0, now)
@@ -701,15 +734,17 @@ class JobMachine:
             self.message = PAUSES_LATER
         return []
 
-    def _resume(self, now: float) -> list[Command]:
+    def _resume(self, turn: bool, now: float) -> list[Command]:
         self.paused = False
-        if self.status == "paused":
+        if self.status == "paused" and not turn:
+            self.status, self.message = "queued", RESUMED_IN_LINE
+        elif self.status == "paused":
             self._wait("waits for devices", now)
         elif self.message in (PAUSES_LATER, PAUSED_IN_LINE):
             self.message = ""
         return []
 
-    def _restart(self, now: float) -> list[Command]:
+    def _restart(self, state_damaged: bool, now: float) -> list[Command]:
         """Devices are not connected yet: open tasks wait for them, past their deadline if need be; what ran on the coordinator
         starts again."""
         if self.status == "preparing":
@@ -720,6 +755,8 @@ class JobMachine:
             return []
         if self.round.phase == "folding":
             return [self._fold_command()]
+        if state_damaged and self.round.phase == "evaluating":
+            return self._fold_again()
         if self.round.phase == "evaluating" and self.plan.evaluation == "heldout":
             assert self.round.state is not None
             return [EvaluateHeldout(self.round.number, self.round.state)]

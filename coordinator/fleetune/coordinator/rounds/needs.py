@@ -6,21 +6,22 @@ the optimiser's state, the base's files and everything of the open round.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from fleetune.coordinator.domain import ENDED, Blob, RoundEntry
+from fleetune.coordinator.domain import ENDED, Blob
+from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine
 
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What is to be known of a job: its machine, its committed rounds from 1 on, and how many of the last ones it keeps."""
+    """What is to be known of a job: its machine, its committed rounds, and how many of the last ones it keeps."""
 
     job_id: str
     machine: JobMachine
-    history: Sequence[RoundEntry]
+    history: History
     keep_rounds: int
 
     @property
@@ -38,16 +39,20 @@ class Trim:
 
 def kept_rounds(job: JobFacts) -> set[int]:
     """Rounds whose folder and state stay: the last ones, the best one, always the latest."""
-    committed, keep = job.machine.committed, max(1, job.keep_rounds)
-    last = range(max(1, committed - keep + 1), committed + 1)
-    return {*last, job.machine.best_round} - {0}
+    return kept_numbers(job.machine, job.keep_rounds)
+
+
+def kept_numbers(machine: JobMachine, keep_rounds: int) -> set[int]:
+    """As `kept_rounds`, for a job that keeps its last `keep_rounds` rounds."""
+    committed = machine.committed
+    last = range(max(1, committed - max(1, keep_rounds) + 1), committed + 1)
+    return {*last, machine.best_round} - {0}
 
 
 def kept_states(job: JobFacts) -> dict[str, Blob]:
     """The states of the kept rounds by digest."""
-    numbers = (number for number in sorted(kept_rounds(job)) if number <= len(job.history))
-    states = (job.history[number - 1].state for number in numbers)
-    return {state.digest: state for state in states if state is not None}
+    entries = (job.history.get(number) for number in sorted(kept_rounds(job)))
+    return {entry.state.digest: entry.state for entry in entries if entry is not None and entry.state is not None}
 
 
 def running_states(job: JobFacts) -> dict[str, Blob]:
@@ -58,6 +63,15 @@ def running_states(job: JobFacts) -> dict[str, Blob]:
     if (entry := job.machine.round) is not None:
         blobs += [entry.start_state, entry.state, entry.optimizer]
     return {blob.digest: blob for blob in blobs if blob is not None}
+
+
+def fresh_states(job: JobFacts) -> dict[str, Blob]:
+    """What the fold of a round in evaluation has made, by digest, unless it also is what the round began with: it can be made again."""
+    entry = job.machine.round
+    if job.ended or entry is None or entry.phase != "evaluating":
+        return {}
+    older = {blob.digest for blob in (job.machine.state, job.machine.optimizer, entry.start_state) if blob is not None}
+    return {blob.digest: blob for blob in (entry.state, entry.optimizer) if blob is not None and blob.digest not in older}
 
 
 def open_updates(job: JobFacts) -> dict[str, Blob]:

@@ -94,6 +94,10 @@ class Retention:
         now = self._monotonic()
         self._held_until_s = {d: until for d, until in self._held_until_s.items() if until > now} | {digest: now + HOLD_S}
 
+    def is_held(self, digest: str) -> bool:
+        """Whether `hold` has been called for it lately."""
+        return self._held_until_s.get(digest, 0.0) > self._monotonic()
+
     @contextlib.asynccontextmanager
     async def keeping(self, digest: str) -> AsyncGenerator[None]:
         """Store the blob and make a job need it inside. Nobody clears it away meanwhile; afterwards it goes unless a job needs it.

@@ -1,0 +1,194 @@
+"""What devices send in: whether it still counts, whether it is what it should be, and the event that it becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetune.coordinator.domain import Evaluation, Failure, TaskEntry, Update
+from fleetune.coordinator.registry import Registry
+from fleetune.coordinator.rounds import aggregate, machine
+from fleetune.coordinator.rounds.inspection import Inspection
+from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rounds.means import Means
+from fleetune.coordinator.rounds.orders import Receipt
+from fleetune.coordinator.store import records
+from fleetune.errors import WireError
+from fleetune.wire import codec
+
+log = logging.getLogger("fleetune.engine")
+
+SAMPLES_MAX = 2**32
+"""Rows of one update; the fold's weights must stay whole numbers in float64 whatever the number of devices."""
+
+Spawn = Callable[[LiveJob, Coroutine[object, object, None], str], None]
+"""Starts work of a job beside the loop."""
+
+
+class Admission:
+    """Reads the jobs, changes none: what counts is handed in as an event."""
+
+    def __init__(self, means: Means, registry: Registry, inspection: Inspection, spawn: Spawn) -> None:
+        self._means = means
+        self._registry = registry
+        self._inspection = inspection
+        self._spawn = spawn
+
+    async def judge(self, task_id: str, device_id: str, digest: str) -> Receipt | None:
+        """The receipt that an update already has, or None where it is still wanted. A late one is recorded by this."""
+        job, name = self._job_of(task_id), parse_task_id(task_id)
+        if job is None or name is None or not 1 <= name.round_number <= job.machine.committed + 1:
+            return Receipt("refused", f"no job has a task {task_id[:200]!r}")
+        if name.device_id != device_id:
+            return Receipt("refused", f"task {task_id!r} is not this device's")
+        if name.kind != "train":
+            return Receipt("refused", f"task {task_id!r} has an evaluation for its result, not an update")
+        entry = job.machine.open_task(task_id)
+        if entry is not None and entry.status == "assigned":
+            return None
+        if entry is not None and entry.update is not None:
+            return _same_or_other(entry.update.blob.digest, digest)
+        row = await self._means.database.read(lambda c: records.find_update(c, task_id))
+        if row is not None and row.status == "accepted":
+            return _same_or_other(row.digest, digest)
+        if row is None and device_id in self._registry.names.values():
+            await self._means.ask(job.job_id, machine.UpdateLate(task_id, digest))
+        return Receipt("late", "the round is over or has gone on without this device")
+
+    async def take_update(self, task_id: str, device_id: str, update: Update, spooled: Path, storing: Awaitable[object]) -> Receipt:
+        """Check a received update against the job's tensors and count it, once `storing` has made its blob durable, or raise its error.
+
+        The check and the disk's flush take about as long and need different things, so they go side by side: `spooled` is where the bytes
+        lie until `storing` moves them to the blob's place.
+        """
+        job = self._job_of(task_id)
+        settled = await self.judge(task_id, device_id, update.blob.digest)
+        if job is None or settled is not None:
+            await storing
+            return settled or Receipt("refused", "unknown job")
+        table = await self._table(job)
+        places = (spooled, self._means.blobs.path(update.blob.digest))
+        failure, found = None, await asyncio.gather(self._means.disk.run(inspected, places, table), storing, return_exceptions=True)
+        if isinstance(found[1], BaseException):
+            raise found[1]
+        facts = found[0]
+        if not 0 < update.samples <= SAMPLES_MAX:
+            message = f"the update's weight (samples) is {update.samples}; 1 to {SAMPLES_MAX} are allowed."
+            failure = Failure("internal", "upload", message)
+        elif isinstance(facts, aggregate.NotFiniteUpdateError):
+            failure = Failure("not_finite", "upload", str(facts))
+        elif isinstance(facts, WireError):
+            failure = Failure("model", "upload", str(facts))
+        if failure is not None:
+            await self._means.ask(job.job_id, machine.TaskFailed(task_id, failure))
+            return Receipt("refused", failure.message)
+        if isinstance(facts, BaseException):
+            raise facts
+        checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm, facts.kind)
+        if (objection := job.machine.objection(checked)) is not None:
+            await self._means.ask(job.job_id, machine.TaskFailed(task_id, objection))
+            if device_id in job.machine.quarantined:
+                log.warning("job=%s device=%s quarantined reason=%r", job.job_id, device_id, job.machine.quarantined[device_id])
+            return Receipt("refused", objection.message)
+        receipt = await self._means.ask(job.job_id, machine.UpdateArrived(task_id, checked))
+        if receipt.status == "late":  # the round closed while the update was being checked
+            await self._means.ask(job.job_id, machine.UpdateLate(task_id, update.blob.digest))
+        return receipt
+
+    async def take_evaluation(self, task_id: str, device_id: str, evaluation: Evaluation) -> Receipt:
+        return await self._take(task_id, device_id, machine.EvaluationArrived(task_id, evaluation))
+
+    async def take_failure(self, task_id: str, device_id: str, failure: Failure) -> Receipt:
+        job, entry = self._open_task(task_id)
+        if failure.kind == "transfer" and job is not None and entry is not None and entry.device_id == device_id:
+            if entry.kind == "evaluate":  # before the failure counts: it may be the last that the round waits for
+                await self._inspection.check_fresh_state(job)
+            self._spawn(job, self._inspection.after_failed_fetch(job), f"check {job.job_id}")
+        return await self._take(task_id, device_id, machine.TaskFailed(task_id, failure))
+
+    async def take_refusal(self, task_id: str, device_id: str, reason: str) -> Receipt:
+        return await self._take(task_id, device_id, machine.TaskRefused(task_id, reason))
+
+    async def add_log(self, task_id: str, device_id: str, device_name: str, lines: list[str]) -> None:
+        job, name = self._job_of(task_id), parse_task_id(task_id)
+        if job is None or name is None or name.device_id != device_id or name.round_number > job.machine.committed + 1:
+            return
+        now = self._means.wall()
+        rows = [records.LogRow(now, job.job_id, name.round_number, device_name, line) for line in lines]
+        await self._means.database.write(lambda tx: records.add_logs(tx, rows))
+
+    async def _take(self, task_id: str, device_id: str, event: machine.Event) -> Receipt:
+        job, name = self._job_of(task_id), parse_task_id(task_id)
+        if job is None or name is None or name.device_id != device_id:
+            return Receipt("refused", f"no task {task_id[:200]!r} of this device is known")
+        if job.ended:
+            return Receipt("late", "the job has ended")
+        return await self._means.ask(job.job_id, event)
+
+    async def _table(self, job: LiveJob) -> codec.TensorTable:
+        if job.table is None:
+            assert job.machine.state is not None
+            table = await self._means.disk.run(codec.read_table, self._means.blobs.path(job.machine.state.digest))
+            job.table = table
+        return job.table
+
+    def _job_of(self, task_id: str) -> LiveJob | None:
+        return self._means.jobs.get(task_id.partition("/")[0])
+
+    def _open_task(self, task_id: str) -> tuple[LiveJob | None, TaskEntry | None]:
+        job = self._job_of(task_id)
+        return job, job.machine.open_task(task_id) if job else None
+
+
+def status_of(job: LiveJob, event: machine.Event) -> Receipt | None:
+    """Whether a device's result still counts; None for events that are no results."""
+    match event:
+        case machine.UpdateArrived(task_id, update):
+            entry = job.machine.open_task(task_id)
+            if entry is not None and entry.update is not None:
+                return _same_or_other(entry.update.blob.digest, update.blob.digest)
+            wanted = entry is not None and entry.status == "assigned" and entry.kind == "train"
+            return Receipt("accepted") if wanted else Receipt("late", "the round is over or has gone on without this device")
+        case machine.EvaluationArrived(task_id) | machine.TaskFailed(task_id) | machine.TaskRefused(task_id):
+            entry = job.machine.open_task(task_id)
+            if entry is None:
+                return Receipt("late", "the round is over")
+            if isinstance(event, machine.EvaluationArrived) and entry.kind != "evaluate":
+                return Receipt("refused", f"task {task_id!r} has an update for its result, not an evaluation")
+            return Receipt("accepted") if entry.status == "assigned" else Receipt("duplicate")
+        case _:
+            return None
+
+
+@dataclass(frozen=True)
+class TaskName:
+    round_number: int
+    device_id: str
+    kind: str
+
+
+def parse_task_id(task_id: str) -> TaskName | None:
+    """The parts of "<job>/<round>/<device>/<kind>[/<attempt>]"; None for anything else, since the text comes from the network."""
+    found = _TASK_ID.fullmatch(task_id)
+    return TaskName(int(found[1]), found[2], found[3]) if found else None
+
+
+_TASK_ID = re.compile(r"[^/]{1,100}/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,64})/(train|evaluate)(?:/[0-9]{1,9})?", re.ASCII)
+
+
+def inspected(places: Sequence[Path], expected: codec.TensorTable) -> aggregate.UpdateFacts:
+    """Facts of the update that lies at the first of `places`, or on its way from there at the second."""
+    try:
+        return aggregate.inspect(places[0], expected)
+    except FileNotFoundError:
+        return aggregate.inspect(places[1], expected)
+
+
+def _same_or_other(known: str, digest: str) -> Receipt:
+    if known == digest:
+        return Receipt("duplicate")
+    return Receipt("refused", f"this task's result was received before, with digest {known[:12]}; this one has {digest[:12]}.")
