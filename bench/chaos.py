@@ -35,7 +35,6 @@ import report
 from fleet import Fleet
 from proxy import Proxy
 
-from fleetune.coordinator.client import Client
 from fleetune.coordinator.history import reader
 from fleetune.coordinator.history.facts import Violation
 from fleetune.wire import chunks, digests
@@ -72,6 +71,7 @@ class Plan:
     mib: float
     rounds: int
     seed: int
+    plaintext: bool = False
 
 
 @dataclass
@@ -127,13 +127,14 @@ class Ledger:
         return self._number("SELECT MAX(rowid) FROM updates")
 
     def status(self, job_id: str) -> str:
-        return str(self._ask("SELECT status FROM jobs WHERE job_id = ?", job_id) or "")
+        return str(self.ask("SELECT status FROM jobs WHERE job_id = ?", job_id) or "")
 
     def _number(self, question: str, *values: str) -> int:
-        found = self._ask(question, *values)
+        found = self.ask(question, *values)
         return found if isinstance(found, int) else 0
 
-    def _ask(self, question: str, *values: str) -> object:
+    def ask(self, question: str, *values: str) -> object:
+        """The first column of the first row; None where there is none."""
         connection = sqlite3.connect(self._place, uri=True, timeout=5)
         try:
             row = connection.execute(question, values).fetchone()
@@ -210,7 +211,7 @@ async def coordinator_kills(plan: Plan, folder: Path) -> Outcome:
             if outcome.faults >= plan.faults:  # some of them came in pairs
                 return
 
-    async with Fleet(folder, plan.agents, options=OPTIONS) as fleet:
+    async with Fleet(folder, plan.agents, options=OPTIONS, plaintext=plan.plaintext) as fleet:
         await _both(plan, fleet, outcome, disturb)
     return _judged(outcome, fleet, folder)
 
@@ -225,7 +226,7 @@ async def agent_kills(plan: Plan, folder: Path) -> Outcome:
             run.fleet.replace_agent(rng.randrange(plan.agents))
             outcome.faults += 1
 
-    async with Fleet(folder, plan.agents, options=OPTIONS) as fleet:
+    async with Fleet(folder, plan.agents, options=OPTIONS, plaintext=plan.plaintext) as fleet:
         await _both(plan, fleet, outcome, disturb)
     return _judged(outcome, fleet, folder)
 
@@ -233,7 +234,7 @@ async def agent_kills(plan: Plan, folder: Path) -> Outcome:
 async def cuts(plan: Plan, folder: Path) -> Outcome:
     """Once in each round, the connection on which a random byte of the round's uploads comes is cut."""
     outcome, rng = Outcome(plan), random.Random(plan.seed)
-    async with Proxy() as proxy, Fleet(folder, plan.agents, options=OPTIONS, route=proxy.open) as fleet:
+    async with Proxy() as proxy, Fleet(folder, plan.agents, options=OPTIONS, route=proxy.open, plaintext=plan.plaintext) as fleet:
         quiet: list[int] = []
         sizes = plan.agents * round(plan.mib * MIB)
 
@@ -266,7 +267,7 @@ MODES = {"coordinator kills": coordinator_kills, "agent kills": agent_kills, "li
 
 async def _both(plan: Plan, fleet: Fleet, outcome: Outcome, disturb: Disturb, measure: Disturb | None = None) -> None:
     """The job undisturbed, then disturbed; fills in what both have in common."""
-    async with Client(fleet.address) as client:
+    async with fleet.client() as client:
         deadline_s = time.monotonic() + JOIN_S
         while (await client.server_info()).devices_online < plan.agents:
             fleet.check()
@@ -428,9 +429,8 @@ def _plans(given: argparse.Namespace) -> list[Plan]:
         if faults:
             cutting = mode == "link cuts"
             rounds = given.rounds or (faults if cutting else max(10, 2 * faults))
-            plans.append(
-                Plan(mode, faults, given.agents, given.cut_mib if cutting else given.mib, max(rounds, faults if cutting else 1), given.seed)
-            )
+            mib = given.cut_mib if cutting else given.mib
+            plans.append(Plan(mode, faults, given.agents, mib, max(rounds, faults if cutting else 1), given.seed, given.plaintext))
     return plans
 
 
@@ -446,6 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cut-mib", type=float, default=20.0, help="size of the state under cuts in MiB")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of the job; if left out two a kill, one a cut")
     parser.add_argument("--seed", type=int, default=0, help="of the instants; a random one if 0")
+    parser.add_argument("--plaintext", action="store_true", help="without TLS, as on one machine")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files lie")
     parser.add_argument("--keep", action="store_true", help="leave the files of a run in which something was missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")

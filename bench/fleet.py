@@ -13,6 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import enrolling
+
+from fleetune.coordinator.client import Client
+from fleetune.wire.identity import Identity
+
 READY_S = 60.0
 STOP_S = 15.0
 LOOK_S = 0.01
@@ -26,13 +31,24 @@ class Fleet:
     """
 
     def __init__(
-        self, folder: Path, agents: int, *, options: Sequence[str] = (), route: Callable[[str], Awaitable[str]] | None = None
+        self,
+        folder: Path,
+        agents: int,
+        *,
+        options: Sequence[str] = (),
+        route: Callable[[str], Awaitable[str]] | None = None,
+        plaintext: bool = False,
     ) -> None:
         self._folder = folder
         self._count = agents
         self._options = tuple(options)
         self._route = route
+        self.plaintext = plaintext
+        self.operator: Identity | None = None
+        """As whom the coordinator is asked; None in plaintext, and before the fleet is entered."""
         self._dialled = ""
+        self.before: tuple[str, ...] = ()
+        """Put before the coordinator's command at its next start: a tracer that becomes it, such as `strace -D`."""
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._agents: list[subprocess.Popen[bytes]] = []
         self.address = ""
@@ -53,7 +69,9 @@ class Fleet:
         address = self.state_dir / "address"
         address.unlink(missing_ok=True)  # a killed one leaves it behind
         serve = ["fleetune.coordinator.cli", "serve", "--listen", self.address or "127.0.0.1:0", "--state-dir", str(self.state_dir)]
-        self._coordinator = self._start("coordinator", [*serve, *self._options])
+        # The port after ours may be anybody's.
+        serve += ["--plaintext"] if self.plaintext else ["--join-listen", "127.0.0.1:0"]
+        self._coordinator = self._start("coordinator", [*serve, *self._options], self.before)
         self.address = await self._address(address)
 
     def kill_coordinator(self) -> None:
@@ -70,6 +88,7 @@ class Fleet:
 
     def _start_agent(self, number: int) -> subprocess.Popen[bytes]:
         run = ["fleetune.agent.cli", "run", "--coordinator", self._dialled, "--name", _name(number)]
+        run += ["--plaintext"] if self.plaintext else []
         return self._start(_name(number), [*run, "--state-dir", str(self._folder / _name(number))])
 
     @property
@@ -78,13 +97,31 @@ class Fleet:
         return self._coordinator.pid
 
     @property
+    def exit_code(self) -> int | None:
+        """The coordinator's; None while it runs."""
+        assert self._coordinator is not None
+        return self._coordinator.poll()
+
+    @property
     def agents(self) -> list[int]:
         return [agent.pid for agent in self._agents]
 
+    def client(self) -> Client:
+        """A connection as an operator of this fleet."""
+        return Client(self.address, self.operator)
+
     async def __aenter__(self) -> Fleet:
+        if not self.plaintext:
+            self.operator = await asyncio.to_thread(enrolling.initialised, self.state_dir, self._folder / "operator")
         self.started_s = time.monotonic()
         try:
             await self.start_coordinator()
+            if self.operator is not None and self._count:
+                begun_s = time.monotonic()
+                line = await enrolling.line_for(self.address, self.operator, self._count)
+                await asyncio.to_thread(enrolling.enrolled, line, [(_name(n), self._folder / _name(n)) for n in range(self._count)])
+                # Done once in a device's life: no part of a start.
+                self.started_s += time.monotonic() - begun_s
             self._dialled = await self._route(self.address) if self._route is not None else self.address
             for number in range(self._count):
                 self._agents.append(self._start_agent(number))
@@ -119,11 +156,11 @@ class Fleet:
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
 
-    def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, arguments: list[str], before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         kept = {variable: value for variable, value in os.environ.items() if not variable.startswith("FLEETUNE_")}
         with (self._folder / f"{name}.log").open("ab") as log:
             # A session of its own: Ctrl-C reaches this process only, which ends the others in order.
-            return subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log, env=kept, start_new_session=True)
+            return subprocess.Popen([*before, sys.executable, "-m", *arguments], stdout=log, stderr=log, env=kept, start_new_session=True)
 
     async def _address(self, file: Path) -> str:
         deadline_s = time.monotonic() + READY_S

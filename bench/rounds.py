@@ -78,12 +78,12 @@ class Point:
     durable: floors.Floor
 
 
-def measure(agents: int, mib: int, rounds: int, warmup: int, folder: Path) -> Point:
+def measure(agents: int, mib: int, rounds: int, warmup: int, folder: Path, *, plaintext: bool = False) -> Point:
     """Floors, the product, floors again: a machine whose load changes shows in both."""
     check_space(agents, mib, folder)
     before = [floors.measure(agents, mib, rounds, warmup, folder, durable=durable) for durable in (False, True)]
     with tempfile.TemporaryDirectory(prefix="fleetune-bench-", dir=folder) as place:
-        product = asyncio.run(_measure_product(agents, mib, rounds, warmup, Path(place)))
+        product = asyncio.run(_measure_product(agents, mib, rounds, warmup, Path(place), plaintext))
     after = [floors.measure(agents, mib, rounds, warmup, folder, durable=durable) for durable in (False, True)]
     net, durable = (_both(first, second) for first, second in zip(before, after, strict=True))
     return Point(agents, mib, rounds, product, net, durable)
@@ -102,8 +102,8 @@ def _both(first: floors.Floor, second: floors.Floor) -> floors.Floor:
     return floors.Floor(first.seconds + second.seconds, cpu_s, max(first.peak_rss_bytes, second.peak_rss_bytes))
 
 
-async def _measure_product(agents: int, mib: int, rounds: int, warmup: int, folder: Path) -> Product:
-    async with Fleet(folder, agents) as fleet, Client(fleet.address) as client:
+async def _measure_product(agents: int, mib: int, rounds: int, warmup: int, folder: Path, plaintext: bool) -> Product:
+    async with Fleet(folder, agents, plaintext=plaintext) as fleet, fleet.client() as client:
         await _joined(fleet, client, agents)
         joined_s = time.monotonic() - fleet.started_s
         await asyncio.sleep(SETTLE_S)
@@ -201,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those; the first one starts the agents' children")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files lie; its disk is measured too")
+    parser.add_argument("--plaintext", action="store_true", help="without TLS, as on one machine; the floors never have it")
     parser.add_argument("--table", action="store_true", help="all points of the table, written to docs/benchmarks.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     given = parser.parse_args(arguments)
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     points: list[Point] = []
     try:
         for agents, mib in POINTS if given.table else ((given.agents, given.mib),):
-            point = measure(agents, mib, given.rounds, given.warmup, given.folder)
+            point = measure(agents, mib, given.rounds, given.warmup, given.folder, plaintext=given.plaintext)
             print(report.text(point), flush=True)
             points.append(point)
     except KeyboardInterrupt:
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json is not None:
         given.json.write_text(json.dumps([as_json(point) for point in points], indent=2) + "\n", encoding="utf-8")
     if given.table:
-        command = f"python bench/rounds.py --table --rounds {given.rounds}"
+        command = f"python bench/rounds.py --table --rounds {given.rounds}{' --plaintext' if given.plaintext else ''}"
         report.write(points, command, Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md")
     return 0 if all(point.product.exact for point in points) else 1
 

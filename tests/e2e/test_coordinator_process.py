@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -47,7 +46,8 @@ class Served:
 
 
 def command(state_dir: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "fleetune.coordinator.cli", "serve", "--listen", "127.0.0.1:0", "--state-dir", str(state_dir), *options]
+    serve = [sys.executable, "-m", "fleetune.coordinator.cli", "serve", "--plaintext"]
+    return [*serve, "--listen", "127.0.0.1:0", "--state-dir", str(state_dir), *options]
 
 
 def environment() -> dict[str, str]:
@@ -145,13 +145,10 @@ def test_a_second_coordinator_on_one_state_dir_is_refused(tmp_path: Path) -> Non
         assert served.stop() == 0
 
 
-def test_an_address_for_everybody_needs_the_operators_word(tmp_path: Path) -> None:
+def test_plaintext_is_refused_on_an_address_for_everybody(tmp_path: Path) -> None:
     code, text = refused(tmp_path / "state", "--listen", "0.0.0.0:0")
     assert code == ExitCode.USAGE
-    assert "--insecure-listen" in text
-    with serving(tmp_path / "state", "--listen", "0.0.0.0:0", "--insecure-listen") as served:
-        assert re.search(r"WARNING .*without encryption", served.log.read_text())
-        assert served.stop() == 0
+    assert "loopback" in text and "fleetune init" in text
 
 
 def test_a_damaged_database_is_told_in_one_line(tmp_path: Path) -> None:

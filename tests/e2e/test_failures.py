@@ -14,6 +14,7 @@ import pytest
 
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.v1 import control_pb2, messages_pb2
+from fleetune.wire import channel
 from support import tiny_models
 from support.fleet import ENDED, Agent, Fleet, JobView, task_of, toml
 
@@ -209,7 +210,7 @@ def test_ctrl_c_in_the_middle_of_a_training_ends_everything_without_a_trace(tmp_
 
 
 def test_the_second_agent_with_a_copied_id_is_refused_by_name(tmp_path: Path) -> None:
-    with Fleet(tmp_path, {"first": Agent(), "copy": Agent()}, coordinator=BRISK, start_agents=False) as fleet:
+    with Fleet(tmp_path, {"first": Agent(), "copy": Agent()}, coordinator=BRISK, start_agents=False, plaintext=True) as fleet:
         fleet.start("first")
         fleet.state_of("copy").mkdir(parents=True)
         shutil.copy(fleet.state_of("first") / "device-id", fleet.state_of("copy") / "device-id")
@@ -229,7 +230,8 @@ def test_an_agent_of_another_protocol_is_refused_with_both_versions(tmp_path: Pa
 
         assert fleet.wait_exit("newer") == AGENT_REFUSED
         last = fleet.log_of("newer").strip().splitlines()[-1]
-        assert "protocol 9.0" in last and "1.0" in last and "same version" in last
+        minor = channel.PROTOCOL_MINOR
+        assert f"protocol 9.{minor}" in last and f"{channel.PROTOCOL_MAJOR}.{minor}" in last and "same version" in last
 
 
 # --- jobs that cannot work

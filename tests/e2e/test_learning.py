@@ -25,9 +25,9 @@ from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.fedavg_lora import METHOD
 from fleetune.coordinator.modelhost import host
 from fleetune.coordinator.rounds import machine
-from fleetune.coordinator.rounds.engine import Order
 from fleetune.coordinator.rounds.host import encode
 from fleetune.coordinator.rounds.job import LiveJob, plan_of
+from fleetune.coordinator.rounds.orders import Order
 from fleetune.coordinator.rpc import convert
 from fleetune.v1 import control_pb2, messages_pb2
 from support import tiny_models

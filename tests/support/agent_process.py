@@ -13,16 +13,22 @@ from pathlib import Path
 
 import psutil
 
+from fleetune.wire import identity as identities
+from fleetune.wire.identity import Identity
+
 
 class AgentProcess:
     """`fleetune-agent run` on a state folder; its log is kept in `log_file`."""
 
-    def __init__(self, state_dir: Path, address: str, *arguments: str) -> None:
+    def __init__(self, state_dir: Path, address: str, *arguments: str, identity: Identity | None = None, plaintext: bool = True) -> None:
         self.state_dir = state_dir
         self.log_file = state_dir.with_suffix(".log")
+        who = ["--plaintext"] if plaintext and identity is None else []
+        if identity is not None:
+            identities.store(state_dir / "identity", identity)
         self._command = [
-            *(sys.executable, "-m", "fleetune.agent.cli", "run", "--coordinator", address),
-            *("--name", state_dir.name, "--state-dir", str(state_dir), "--log-level", "debug", *arguments),
+            *(sys.executable, "-m", "fleetune.agent.cli", "run", *(("--coordinator", address) if address else ())),
+            *("--name", state_dir.name, "--state-dir", str(state_dir), "--log-level", "debug", *who, *arguments),
         ]
         self.process: asyncio.subprocess.Process | None = None
 
@@ -37,10 +43,10 @@ class AgentProcess:
     def log(self) -> str:
         return self.log_file.read_text()
 
-    async def logged(self, text: str, within_s: float = 20.0) -> None:
+    async def logged(self, text: str, within_s: float = 20.0, *, times: int = 1) -> None:
         """Return once `text` stands in the log: what an agent did after its last message is seen nowhere else."""
         deadline_s = time.monotonic() + within_s
-        while text not in self.log:
+        while self.log.count(text) < times:
             assert time.monotonic() < deadline_s, f"{text!r} was not logged within {within_s:g} s"
             await asyncio.sleep(0.02)
 
@@ -61,9 +67,11 @@ class AgentProcess:
 
 
 @contextlib.asynccontextmanager
-async def agent(state_dir: Path, address: str, *arguments: str) -> AsyncGenerator[AgentProcess, None]:
-    """An agent that runs; killed at the end if it still does."""
-    running = AgentProcess(state_dir, address, *arguments)
+async def agent(
+    state_dir: Path, address: str, *arguments: str, identity: Identity | None = None, plaintext: bool = True
+) -> AsyncGenerator[AgentProcess, None]:
+    """An agent that runs, in plaintext without an identity unless told otherwise; killed at the end if it still does."""
+    running = AgentProcess(state_dir, address, *arguments, identity=identity, plaintext=plaintext)
     await running.start()
     try:
         yield running

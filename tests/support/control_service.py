@@ -193,15 +193,15 @@ def _bare(job: control_pb2.JobView) -> control_pb2.JobView:
 
 
 @asynccontextmanager
-async def serving(fleet: Fleet, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
-    """Serves `fleet` on loopback; yields HOST:PORT."""
+async def serving(fleet: Fleet, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[str]:
+    """Serves `fleet` on loopback, in plaintext without credentials; yields HOST:PORT."""
     server = grpc.aio.server(options=channel.server_options())
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(fleet), server)
     blob_pb2_grpc.add_BlobServiceServicer_to_server(BlobService(fleet), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-    port = server.add_insecure_port(address)
+    port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc.aio
+
 from fleetune.coordinator import config, daemon
 from fleetune.coordinator.config import CoordinatorConfig
+from fleetune.coordinator.daemon import Running
+from fleetune.coordinator.domain import RoundEntry
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rpc.blob import BlobService
 from fleetune.coordinator.rpc.fleet import FleetService
-from fleetune.v1 import control_pb2_grpc
+from fleetune.v1 import control_pb2, control_pb2_grpc
 from fleetune.wire import channel
+from fleetune.wire.identity import Identity
 
 WAIT_S = 20.0
 """Longest wait for anything a test expects; only a bug takes longer."""
@@ -32,6 +37,8 @@ class Coordinator:
     blob_service: BlobService
     control: control_pb2_grpc.ControlServiceAsyncStub
     writer: asyncio.Task[None]
+    running: Running
+    operator: grpc.aio.Channel
 
     def spooled(self) -> list[Path]:
         return list((self.state_dir / "spool").iterdir())
@@ -59,6 +66,12 @@ class Coordinator:
             state = job.machine
             raise AssertionError(f"job stays {state.status} ({state.message!r}), {state.committed} rounds, {state.round}") from None
 
+    async def pause(self, job: LiveJob) -> None:
+        await self.control.PauseJob(control_pb2.PauseJobRequest(job_id=job.job_id))
+
+    async def resume(self, job: LiveJob) -> None:
+        await self.control.ResumeJob(control_pb2.ResumeJobRequest(job_id=job.job_id))
+
     async def ended(self, job: LiveJob) -> LiveJob:
         """Wait for the job's end and for everything that is done after it."""
         await self.until(job, lambda job: job.ended)
@@ -68,24 +81,31 @@ class Coordinator:
 
 def settings(state_dir: Path, **changes: object) -> CoordinatorConfig:
     """The defaults, on a free port, with a lease short enough for a test."""
-    made = config.load(None, {}, {"listen": "127.0.0.1:0", "state_dir": str(state_dir), "heartbeat_s": 0.5, "lease_s": 5.0})
+    made = config.load(
+        None, {}, {"listen": "127.0.0.1:0", "plaintext": True, "state_dir": str(state_dir), "heartbeat_s": 0.5, "lease_s": 5.0}
+    )
     return replace(made, **changes)  # type: ignore[arg-type]  # checked by the dataclass's own names
 
 
 @contextlib.asynccontextmanager
-async def coordinating(state_dir: Path, **changes: object) -> AsyncIterator[Coordinator]:
-    """Everything opened as the daemon does; what the engine's loop raises is raised here."""
+async def coordinating(state_dir: Path, *, as_operator: Identity | None = None, **changes: object) -> AsyncGenerator[Coordinator]:
+    """Everything opened as the daemon does; what the engine's loop raises is raised here. Plaintext, unless `changes` say otherwise.
+
+    `as_operator`: whose certificate `control` and `operator` show.
+    """
     made = settings(state_dir, **changes)
-    async with daemon.running(made) as (server, engine, fleet, blob_service, _, port):
-        address = f"127.0.0.1:{port}"
+    async with daemon.running(made) as running:
+        engine, fleet = running.engine, running.fleet
+        address = f"127.0.0.1:{running.port}"
         writer = asyncio.create_task(engine.run(), name="engine")
-        operator = channel.open_channel(address)
+        operator = channel.open_channel(address, as_operator)
         try:
-            yield Coordinator(address, state_dir, engine, fleet, blob_service, control_pb2_grpc.ControlServiceStub(operator), writer)
+            control = control_pb2_grpc.ControlServiceStub(operator)
+            yield Coordinator(address, state_dir, engine, fleet, running.blob_service, control, writer, running, operator)
         finally:
             await operator.close()
             fleet.hang_up()
-            await server.stop(grace=0)
+            await running.server.stop(grace=0)
             writer.cancel()
             result = (await asyncio.gather(writer, return_exceptions=True))[0]
         if isinstance(result, Exception):
@@ -116,3 +136,17 @@ count = {rounds}
 minimum = {minimum}
 {devices_extra}
 """
+
+
+def committed(job: LiveJob, number: int) -> RoundEntry:
+    """The record of a round that memory still holds: one of the last, or one whose adapter is kept."""
+    entry = job.history.get(number)
+    assert entry is not None, f"round {number} of {job.history.committed} is not in memory"
+    return entry
+
+
+def state_of(job: LiveJob, number: int) -> str:
+    """Digest of the state that a round ended with."""
+    state = committed(job, number).state
+    assert state is not None
+    return state.digest

@@ -82,9 +82,12 @@ class EchoAgent:
 
     # -- the session
 
+    def open(self) -> grpc.aio.Channel:
+        return channel.open_channel(self.address)
+
     async def connect(self, held: Mapping[str, int] | None = None, epoch: int = 0) -> EchoAgent:
         """Dial and say Hello; returns with `welcome` or `refusal` set. `held` maps task ids to stages; all are of `epoch`."""
-        self._channel = channel.open_channel(self.address)
+        self._channel = self.open()
         self._blobs = blob_pb2_grpc.BlobServiceStub(self._channel)
         del self.hello.held[:]
         for task_id, stage in (held or {}).items():

@@ -64,6 +64,15 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         self.receipt_status = messages_pb2.RECEIPT_STATUS_ACCEPTED
         self.damage_downloads = 0
         self.port = 0
+        # None: plaintext.
+        self.credentials: grpc.ServerCredentials | None = None
+        self.registers: Callable[[grpc.aio.Server], None] | None = None
+        """Adds further services."""
+        self.session_abort: tuple[grpc.StatusCode, str] | None = None
+        # While set to an event that is not, uploads wait before they go on.
+        self.upload_gate: asyncio.Event | None = None
+        self.peers: list[str] = []
+        """Of each session, the serial connection it came over."""
         self._changed = asyncio.Condition()
         self._lines: list[asyncio.Queue[fleet_pb2.SessionResponse | None]] = []
         self._server: grpc.aio.Server | None = None
@@ -77,7 +86,13 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         self._server = grpc.aio.server(options=channel.server_options())
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self, self._server)
         blob_pb2_grpc.add_BlobServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.registers is not None:
+            self.registers(self._server)
+        place = f"127.0.0.1:{self.port}"
+        if self.credentials is None:
+            self.port = self._server.add_insecure_port(place)
+        else:
+            self.port = self._server.add_secure_port(place, self.credentials)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -116,6 +131,10 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
     async def Session(self, request_iterator: object, context: _SessionContext) -> None:  # type: ignore[override]  # aio flavour
         first = await context.read()
         assert isinstance(first, fleet_pb2.SessionRequest)
+        self.peers.append(context.peer())
+        if self.session_abort is not None:
+            await self._note(self.hellos, first.hello)
+            await context.abort(*self.session_abort)
         if self.refusals:
             await self._note(self.hellos, first.hello)
             await context.write(fleet_pb2.SessionResponse(refusal=self.refusals.pop(0)))
@@ -215,6 +234,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
                     await self._stir()
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the test")
                 update.data += request.chunk.data
+                if self.upload_gate is not None:
+                    await self._stir()
+                    await self.upload_gate.wait()
             request = await _read_or_end(context)
         if blake3(update.data).hexdigest() != header.blob.digest:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "another digest than declared")

@@ -19,6 +19,8 @@ import grpc
 import psutil
 
 from fleetune.v1 import control_pb2, control_pb2_grpc, messages_pb2
+from fleetune.wire.identity import Identity
+from support import enrolling
 
 READY_S = 60.0
 """From a process's start until it serves or is connected; only a hang takes longer."""
@@ -74,12 +76,16 @@ class Fleet:
         coordinator: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         start_agents: bool = True,
+        plaintext: bool = False,
     ) -> None:
+        """With mutual TLS, unless `plaintext`: the fleet gets an authority, and each agent joins before its first start."""
         self.folder = folder
         self.agents = dict(agents)
         self.address = ""
         self._coordinator_options = tuple(coordinator)
         self._start_agents = start_agents
+        self._plaintext = plaintext
+        self._operator: Identity | None = None
         self._mark = uuid.uuid4().hex
         # Settings of whoever runs the tests have no business here, nor has a model hub.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLEETUNE_", "STATE_DIRECTORY", "XDG_"))}
@@ -98,9 +104,12 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._plaintext:
+            self._operator = enrolling.initialised(self.coordinator_state, self.operator_folder)
         try:
             self.start_coordinator()
             if self._start_agents:
+                self.enrol(*self.agents)
                 for name in self.agents:
                     self.start(name, wait=False)
                 self.online(*self.agents)
@@ -150,7 +159,10 @@ class Fleet:
         state = self.coordinator_state
         (state / "address").unlink(missing_ok=True)
         listen = self.address or "127.0.0.1:0"
-        arguments = ["serve", "--listen", listen, "--state-dir", str(state), *self._coordinator_options]
+        arguments = ["serve", "--listen", listen, "--state-dir", str(state)]
+        # The port after ours may be anybody's.
+        arguments += ["--plaintext"] if self._plaintext else ["--join-listen", "127.0.0.1:0"]
+        arguments += self._coordinator_options
         self._spawn("coordinator", ["-m", "fleetune.coordinator.cli", *arguments], {})
         self.poll(lambda: (state / "address").exists() or not self.alive("coordinator"), "the coordinator to be ready")
         if not self.alive("coordinator"):
@@ -171,6 +183,7 @@ class Fleet:
 
     def start(self, name: str, *, wait: bool = True) -> None:
         """Start an agent, new or stopped before; with `wait`, until it is connected."""
+        self.enrol(name)
         agent = self.agents[name]
         arguments = ["run", "--coordinator", self.address, "--name", name, "--state-dir", str(self.state_of(name))]
         for data, files in agent.data.items():
@@ -179,12 +192,19 @@ class Fleet:
             arguments += ["--set", f"tags={','.join(agent.tags)}"]
         for setting, value in {"training.cores": 1, **agent.settings}.items():
             arguments += ["--set", f"{setting}={value}"]
+        if self._plaintext:
+            arguments.append("--plaintext")
         start = ["-m", "fleetune.agent.cli"]
         if agent.prelude:
             start = ["-c", f"{agent.prelude}; from fleetune.agent.cli import main; main()"]
         self._spawn(name, [*start, *arguments, *agent.options], agent.environment)
         if wait:
             self.online(name)
+
+    def enrol(self, *names: str) -> None:
+        """Let agents join that have not; nothing in plaintext."""
+        if self._operator is not None:
+            enrolling.joined(self.address, self._operator, [(name, self.state_of(name)) for name in names])
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
         """End an agent by a signal; its exit code."""
@@ -225,6 +245,11 @@ class Fleet:
     # -- places
 
     @property
+    def operator_folder(self) -> Path:
+        """Identity of the operator as whom the test and `cli` ask."""
+        return self.folder / "operator"
+
+    @property
     def coordinator_state(self) -> Path:
         return self.folder / "coordinator"
 
@@ -251,10 +276,7 @@ class Fleet:
     @property
     def control(self) -> control_pb2_grpc.ControlServiceStub:
         if self._channel is None:
-            # A connection of its own for each: a process-wide one would remember the coordinator's last death.
-            self._channel = grpc.insecure_channel(
-                self.address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
-            )
+            self._channel = enrolling.dialled(self.address, self._operator)
         return control_pb2_grpc.ControlServiceStub(self._channel)
 
     def disconnect(self) -> None:
@@ -348,13 +370,14 @@ class Fleet:
 
     def cli(self, *words_: str, stdin: str | None = None, timeout_s: float = JOB_S) -> subprocess.CompletedProcess[str]:
         """`fleetune WORDS` against this coordinator."""
+        who = {"FLEETUNE_PLAINTEXT": "1"} if self._plaintext else {"FLEETUNE_IDENTITY": str(self.operator_folder)}
         return subprocess.run(
             [sys.executable, "-m", "fleetune.coordinator.cli", "--coordinator", self.address, *words_],
             input=stdin,
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=self._environment,
+            env={**self._environment, **who},
             check=False,
         )
 

@@ -27,7 +27,7 @@ from fleetune.agent import convert as agent_convert
 from fleetune.child import answers, entry
 from fleetune.complaints import ComplaintsError
 from fleetune.coordinator import config as coordinator_config
-from fleetune.coordinator import jobspec, overrides
+from fleetune.coordinator import jobspec, overrides, principal
 from fleetune.coordinator.domain import Blob, Candidate, Prepared
 from fleetune.coordinator.registry import Registry
 from fleetune.coordinator.rounds import aggregate, machine
@@ -36,7 +36,7 @@ from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
 from fleetune.errors import ConfigError, DataError, WireError
 from fleetune.v1 import blob_pb2, fleet_pb2, messages_pb2
-from fleetune.wire import basefiles, checksums, chunks, codec, digests, frames
+from fleetune.wire import basefiles, checksums, chunks, codec, digests, frames, identity, joinline
 from support import tensors
 from support.fuzz_engine import Target
 
@@ -638,6 +638,8 @@ class FleetMessages(Target):
 
     def _hello(self, raw: bytes) -> str:
         hello = fleet_pb2.Hello.FromString(raw)
+        convert.sober(hello)
+        assert 0.0 <= hello.profile.cores <= convert.CORES_MAX and hello.profile.board.isprintable()
         refusal = self._service._objection(hello)
         greeting = convert.greeting(hello, "ipv4:192.0.2.7:5")
         assert _line(greeting.reason, 200)
@@ -768,6 +770,97 @@ class AgentMessages(Target):
         return str(agent_convert.receipt(messages_pb2.Receipt.FromString(raw)).status)
 
 
+# --- who somebody is ------------------------------------------------------------------------------------------------------------
+
+
+_FACTS = identity.Facts("agent", "kitchen-pi", "", "192.0.2.7:7433", identity.SERVER_NAME, 1.0, 2.0)
+
+
+class Identities(_OnDisk):
+    """Join lines, files of an identity, names in certificates: refused or whole, and no error repeats a token."""
+
+    name = "identities"
+    modules = ("fleetune.wire.identity", "fleetune.wire.joinline", "fleetune.coordinator.principal")
+    words = (
+        *(
+            b"ft1/",
+            b"/7434/",
+            b"[::1]:7433",
+            b"192.0.2.7:7433",
+            b"=" * 4,
+            b"-_" * 11,
+            b"\x00",
+            b"\xff",
+            b"1e999",
+            b"NaN",
+            b'"kind": "agent"',
+        ),
+        *(b"urn:fleetune:agent", b"urn:fleetune:agent:", b"urn:fleetune:operator:admin", b"\n", b"../", b"a" * 64, b'"operator"', b"null"),
+    )
+
+    def seeds(self) -> Sequence[bytes]:
+        line = joinline.JoinLine("192.0.2.7:7433", 7434, bytes(range(32)), "t0ken-" * 4)
+        facts = {name: getattr(_FACTS, name) for name in identity.Facts.__dataclass_fields__}
+        names = ["kitchen-pi\nurn:fleetune:agent:0123456789abcdef", "kitchen-pi\nurn:fleetune:agent", "ada\nurn:fleetune:operator:view"]
+        whole = {"facts": facts, "key": "key", "certificate": "certificate", "roots": "roots"}
+        stored = [json.dumps(facts), "p" + json.dumps(whole)]
+        return [b"\x00" + line.text().encode(), *(b"\x01" + text.encode() for text in stored), *(b"\x02" + name.encode() for name in names)]
+
+    def run(self, data: bytes) -> str:
+        if not data:
+            return "empty"
+        readers = (self._line, self._facts, self._names)
+        try:
+            return readers[data[0] % len(readers)](data[1:])
+        except ConfigError as error:
+            return outcome_of(error)
+
+    def _line(self, raw: bytes) -> str:
+        text = raw.decode("utf-8", "replace")
+        try:
+            line = joinline.parse(text)
+        except ConfigError as error:
+            return _untold(text, str(error))
+        assert joinline.parse(line.text()) == line
+        assert line.token not in repr(line) or line.token in line.address
+        return "line"
+
+    def _facts(self, raw: bytes) -> str:
+        pending = raw[:1] == b"p"
+        place = self.folder / (identity.PENDING_FILE if pending else identity.FACTS_FILE)
+        place.touch(0o600)
+        place.write_bytes(raw[1:] if pending else raw)
+        for name in (identity.KEY_FILE, identity.CERTIFICATE_FILE, identity.ROOTS_FILE):
+            (self.folder / name).touch(0o600)
+        try:
+            found = identity.load(self.folder)
+            assert found is not None
+            return f"{'pending' if pending else 'stored'} {identity.trouble(found.facts, 1.5)[:10]}"
+        finally:
+            for path in self.folder.iterdir():
+                path.unlink()
+
+    def _names(self, raw: bytes) -> str:
+        name, *others = raw.decode("utf-8", "replace").split("\n")
+        found = principal.read(name, others, "0" * 64)
+        if found is None:
+            return "nobody"
+        assert principal.NAME.fullmatch(found.name)
+        assert (found.kind == "agent") == (found.role is principal.Role.NONE)
+        return f"{found.kind} id={bool(found.device_id)}"
+
+
+def _untold(line: str, said: str) -> str:
+    """What an error says, which must not be the token."""
+    token = line.strip().rpartition("/")[2]
+    assert len(token) < 16 or token not in said, said
+    return _CHANGING.sub("#", said)[:80]
+
+
 TARGETS: Mapping[str, type[Target]] = {
-    kind.name: kind for kind in (TensorHeader, UpdateFile, Frames, Spool, JobFile, SettingFiles, ChildLines, FleetMessages, AgentMessages)
+    kind.name: kind
+    for kind in (
+        *(TensorHeader, UpdateFile, Frames, Spool, JobFile, SettingFiles, ChildLines, FleetMessages, AgentMessages),
+        Identities,
+    )
 }

@@ -117,15 +117,13 @@ def train_fields(
     validation: Path | None = None,
 ) -> dict[str, object]:
     """Fields of a train or evaluate request to the training child."""
-    data = None
-    if train is not None:
-        held_out = {"path": str(validation), "format": None} if validation is not None else None
-        data = {"train": {"path": str(train), "format": None}, "validation": held_out}
+    files = {"train": train, "validation": validation}
+    data = {name: {"path": str(path), "format": None} if path is not None else None for name, path in files.items()}
     return {
         "task": encoded(task),
         "base_folder": str(base) if base is not None else None,
         "state_path": str(state),
         "out_path": str(out) if out is not None else None,
-        "data": data,
+        "data": data if train is not None or validation is not None else None,
         "limits": {"threads": 1, "accelerator": "cpu", "memory_bytes": None},
     }
