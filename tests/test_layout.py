@@ -83,7 +83,7 @@ def imports_of(tree: ast.Module) -> Iterator[str]:
 # the source; this sees what the libraries do.
 HEAVY = "torch transformers peft accelerate safetensors sentence_transformers"
 NUMERIC = "numpy ml_dtypes pydantic sqlalchemy rich"
-AGENT_CHILD = re.compile(r"fleetune\.agent\.(methods(\.|$)|trainer\.(__main__|loop|data)$)")
+AGENT_CHILD = re.compile(r"fleetune\.agent\.(methods(\.|$)|trainer\.(__main__|loop|data|measure)$)")
 COORDINATOR_CHILD = re.compile(r"fleetune\.coordinator\.modelhost\.")
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from fleetune.agent import cache as cache_module
 from fleetune.agent.cache import Cache
 from fleetune.agent.domain import Base, Blob
 from fleetune.agent.downlink import Downlink
+from fleetune.agent.links import Line
 from fleetune.v1 import messages_pb2
 from fleetune.wire import basefiles, channel
 from support.fake_coordinator import FakeCoordinator
@@ -38,7 +40,7 @@ async def coordinator() -> AsyncIterator[FakeCoordinator]:
 
 @pytest_asyncio.fixture
 async def make_cache(coordinator: FakeCoordinator, tmp_path: Path) -> AsyncIterator[MakeCache]:
-    opened = channel.open_channel(coordinator.address)
+    opened = Line(lambda: channel.open_channel(coordinator.address))
     downlink = Downlink(opened)
 
     def make(limit_bytes: int = 100 * MIB, models: dict[str, Path] | None = None, hub_cache: Path | None = None) -> Cache:
@@ -139,3 +141,25 @@ async def test_a_copy_in_the_hub_s_own_cache_is_used(coordinator: FakeCoordinato
     base, contents = a_base(coordinator)
     snapshot = in_folder(tmp_path / "hub" / "models--org--tiny" / "snapshots" / "abc", contents)
     assert await make_cache(hub_cache=tmp_path / "hub").base(base, nobody) == snapshot
+
+
+async def test_a_thousand_rounds_leave_a_bounded_number_of_states_behind(
+    coordinator: FakeCoordinator, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cache_module, "STATES_MAX", 10)
+    cache = make_cache()
+    base, _ = a_base(coordinator)
+    folder, newest = await cache.base(base, nobody), Path()
+    for number in range(40):
+        ref = coordinator.add_blob(f"state {number}".encode())
+        with cache.holding([ref.digest, base.digest]):
+            newest = await cache.state(blob(ref), nobody)
+    left = list((tmp_path / "cache" / "blobs").iterdir())
+    assert len(left) == 10 and newest in left
+    assert (folder / "model.safetensors").is_file()
+    assert sizes(cache) == {"_held": 0, "_verified": 11}
+
+
+def sizes(cache: Cache) -> dict[str, int]:
+    """What its structures in memory hold."""
+    return {name: len(getattr(cache, name)) for name in ("_held", "_verified")}

@@ -19,7 +19,7 @@ def typed(tmp_path: Path, *words: str) -> Result:
     return CliRunner().invoke(cli.cli, words, env=environment, standalone_mode=False)
 
 
-@pytest.mark.parametrize("verb", ["run", "check", "version", "completion"])
+@pytest.mark.parametrize("verb", ["run", "join", "check", "version", "completion"])
 def test_every_verb_s_help_ends_with_examples_and_exit_codes(tmp_path: Path, verb: str) -> None:
     text = typed(tmp_path, verb, "--help").output
     assert f"  fleetune-agent {verb}" in text.partition("Examples:")[2]

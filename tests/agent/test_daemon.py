@@ -206,7 +206,8 @@ async def test_data_that_the_device_does_not_have_is_a_failure_that_names_what_i
     rows.write_text('{"text": "hello", "label": "greeting"}\n')
     task = echo_task("t1", coordinator.add_blob(state_bytes(1000)))
     task.recipe.data.name = "intents"
-    async with agent(tmp_path / "one", coordinator.address, "--data", f"greetings={rows}"):
+    panel = ("--set", f"data.panel.validation={rows}")
+    async with agent(tmp_path / "one", coordinator.address, "--data", f"greetings={rows}", *panel):
         await coordinator.until(lambda: coordinator.sessions == 1)
         coordinator.send(task=task)
         await coordinator.until(lambda: bool(coordinator.outcomes))
@@ -214,7 +215,9 @@ async def test_data_that_the_device_does_not_have_is_a_failure_that_names_what_i
     assert failure.kind == messages_pb2.FAILURE_KIND_DATA
     assert "'intents'" in failure.message
     assert "greetings" in failure.message
-    assert list(coordinator.hellos[0].data_names) == ["greetings"]
+    hello = coordinator.hellos[0]
+    assert list(hello.data_names) == ["greetings", "panel"]
+    assert (list(hello.train_data_names), list(hello.validation_data_names)) == (["greetings"], ["panel"])
 
 
 async def test_an_owner_s_limit_refuses_tasks(coordinator: FakeCoordinator, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from fleetune.agent import session as sessions
+from fleetune.agent.credentials import Credentials
 from fleetune.agent.domain import Receipt, Task, Welcome
+from fleetune.agent.links import Links
 from fleetune.agent.session import Mailbox, RefusedError, Session
 from fleetune.errors import UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, messages_pb2
@@ -43,6 +46,9 @@ class Ear:
 
     def receipt(self, receipt: Receipt) -> None:
         self._note("receipt", receipt)
+
+    def renew(self) -> None:
+        self._note("renew")
 
     async def until(self, *names: str) -> tuple[object, ...]:
         """The last event, once the names of all events are these."""
@@ -76,15 +82,16 @@ async def opened(
     async def heartbeat(sequence: int) -> fleet_pb2.Heartbeat:
         return fleet_pb2.Heartbeat(sequence=sequence)
 
-    control = channel.open_channel(address)
-    session = Session(control, address, ear, hello, heartbeat, connect_timeout_s=connect_timeout_s)
+    links = Links(lambda: channel.open_channel(address))
+    credentials = Credentials(Path("nowhere"), None, address)
+    session = Session(links, credentials, ear, hello, heartbeat, connect_timeout_s=connect_timeout_s)
     running = asyncio.create_task(session.run())
     try:
         yield session, running
     finally:
         running.cancel()
         await asyncio.wait([running])
-        await control.close()
+        await links.close()
 
 
 async def test_hello_is_answered_and_heartbeats_count_from_one(coordinator: FakeCoordinator) -> None:

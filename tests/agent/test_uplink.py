@@ -17,6 +17,7 @@ from blake3 import blake3
 from fleetune.agent.bulk import STRANGE_TRIES_MAX, TransferError
 from fleetune.agent.domain import Blob, FailureKind, Receipt, ReceiptStatus, Update
 from fleetune.agent.downlink import Downlink
+from fleetune.agent.links import Line
 from fleetune.agent.uplink import Uplink
 from fleetune.errors import DiskFullError
 from fleetune.v1 import messages_pb2
@@ -41,8 +42,8 @@ async def coordinator() -> AsyncIterator[FakeCoordinator]:
 
 
 @pytest_asyncio.fixture
-async def bulk(coordinator: FakeCoordinator) -> AsyncIterator[grpc.aio.Channel]:
-    opened = channel.open_channel(coordinator.address)
+async def bulk(coordinator: FakeCoordinator) -> AsyncIterator[Line]:
+    opened = Line(lambda: channel.open_channel(coordinator.address))
     yield opened
     await opened.close()
 
@@ -53,7 +54,7 @@ def heard() -> Heard:
 
 
 @pytest_asyncio.fixture
-async def uplink(bulk: grpc.aio.Channel, heard: Heard) -> AsyncIterator[Uplink]:
+async def uplink(bulk: Line, heard: Heard) -> AsyncIterator[Uplink]:
     made = Uplink(
         bulk,
         "device",
@@ -67,7 +68,7 @@ async def uplink(bulk: grpc.aio.Channel, heard: Heard) -> AsyncIterator[Uplink]:
 
 
 @pytest_asyncio.fixture
-async def downlink(bulk: grpc.aio.Channel) -> AsyncIterator[Downlink]:
+async def downlink(bulk: Line) -> AsyncIterator[Downlink]:
     made = Downlink(bulk)
     yield made
     made.close()

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 import pytest_asyncio
 
@@ -22,9 +23,10 @@ from fleetune.coordinator.faults import FolderInUseError, MachineError
 from fleetune.coordinator.store import copies, schema
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import ConfigError
-from fleetune.v1 import fleet_pb2, messages_pb2
+from fleetune.v1 import fleet_pb2, messages_pb2, registry_pb2
 from support.coordinating import Coordinator, coordinating, echo_job
 from support.echo_agent import EchoAgent, echoed
+from support.secured import secured
 
 ACCEPTED = messages_pb2.RECEIPT_STATUS_ACCEPTED
 REFUSED = messages_pb2.RECEIPT_STATUS_REFUSED
@@ -284,12 +286,54 @@ def test_a_folder_in_use_names_its_coordinator(made: Path, tmp_path: Path) -> No
 
 async def test_a_backup_of_an_older_database_is_restored_and_upgraded_at_start(state: Path, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(state / "coordinator.sqlite")) as raw, raw:
-        raw.executescript("DROP TABLE audit; DROP TABLE alembic_version; UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+        raw.executescript(
+            "ALTER TABLE devices DROP COLUMN quarantine;"
+            "DROP TABLE tokens; DROP TABLE certificates; DROP TABLE revoked_identities;"
+            "DROP TABLE audit; DROP TABLE alembic_version; UPDATE meta SET value = '1' WHERE key = 'schema_version'"
+        )
     restored = restore.restore(backup.make(state, tmp_path / "b.tar").target, tmp_path / "new")
     assert restored.manifest.schema_version == 1
     async with coordinating(tmp_path / "new") as coordinator:
         assert [job.machine.committed for job in coordinator.engine.jobs.values()] == [1]
     assert rows(tmp_path / "new", "SELECT value FROM meta WHERE key = 'epoch'") == [(str(restored.epoch),)]
+
+
+async def test_the_authority_comes_back_with_the_rest_and_is_as_private(tmp_path: Path) -> None:
+    async with secured(tmp_path) as fleet:
+        pi = await fleet.join(await fleet.token(), "pi")
+        target = (await fleet.coordinator.engine._on_disk(backup.make, fleet.coordinator.state_dir, tmp_path / "b.tar")).target
+    assert target.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(tmp_path / "state")
+    restore.restore(target, tmp_path / "state")
+    keys = [path for path in (tmp_path / "state" / "tls").iterdir() if path.suffix == ".key"]
+    assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+    assert len(keys) == 2
+    async with secured(tmp_path) as fleet:
+        assert await fleet.serves(pi) is grpc.StatusCode.OK
+
+
+async def test_who_renewed_in_the_time_that_was_lost_stays_in_and_who_joined_then_does_not(tmp_path: Path) -> None:
+    async with secured(tmp_path) as fleet:
+        pi = await fleet.join(await fleet.token(), "pi")
+        sold = await fleet.join(await fleet.token(), "sold", "device-0003")
+        await fleet.registry.RevokeIdentity(registry_pb2.RevokeIdentityRequest(kind=registry_pb2.IDENTITY_KIND_AGENT, name="sold"))
+        target = (await fleet.coordinator.engine._on_disk(backup.make, fleet.coordinator.state_dir, tmp_path / "b.tar")).target
+        renewed = await fleet.renew(pi)
+        newcomer = await fleet.join(await fleet.token(), "newcomer", "device-0002")
+    shutil.rmtree(tmp_path / "state")
+    restore.restore(target, tmp_path / "state")
+    for _ in range(2):  # the second start finds it in the list
+        async with secured(tmp_path) as fleet:
+            codes = [await fleet.serves(who) for who in (renewed, newcomer, sold)]
+        assert codes == [grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAUTHENTICATED]
+
+
+@pytest.mark.parametrize("name", ["tls/other.pem", "tls/../../x", "tls", "tls/", "tls/lock"])
+def test_of_the_authority_s_folder_only_its_own_files_are_restored(state: Path, tmp_path: Path, name: str) -> None:
+    document = json.loads(archive.dump(backup.make(state, tmp_path / "b.tar").manifest))
+    document["files"].append({"name": name, "digest": "0" * 64, "size_bytes": 1})
+    with pytest.raises(ConfigError, match="allowed are"):
+        archive.load(json.dumps(document).encode(), tmp_path / "b.tar")
 
 
 # ------------------------------------------------------------------------------------------------------- the lost future

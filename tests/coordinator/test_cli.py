@@ -15,14 +15,27 @@ import click
 import pytest
 
 from fleetune.coordinator import exitcodes
-from fleetune.coordinator.cli import Verb, cli, main
+from fleetune.coordinator.cli import cli, main
+from fleetune.coordinator.cliverbs import Verb, VerbGroup
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.v1 import control_pb2 as pb
 from support import control_service, job_views
 from support.control_service import Fleet
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-VERBS = sorted(cli.commands)
+
+
+def commands() -> dict[str, click.Command]:
+    """Every verb by its words, those of verbs with verbs of their own included."""
+    found: dict[str, click.Command] = dict(cli.commands)
+    for name, command in cli.commands.items():
+        if isinstance(command, click.Group):
+            found.update({f"{name} {below}": inner for below, inner in command.commands.items()})
+    return found
+
+
+COMMANDS = commands()
+VERBS = sorted(COMMANDS)
 
 JOB = """\
 name = "intents"
@@ -54,20 +67,25 @@ def job_file(tmp_path: Path) -> Path:
 async def run(fleet: Fleet, *words: str) -> int:
     """Runs a command line against a coordinator that serves `fleet`; the verb has a loop of its own, as in its own process."""
     async with control_service.serving(fleet) as address:
-        return await asyncio.to_thread(main, ["--coordinator", address, *words])
+        return await asyncio.to_thread(main, ["--plaintext", "--coordinator", address, *words])
 
 
 def test_every_expected_verb_is_there() -> None:
     expected = {"serve", "submit", "validate", "watch", "jobs", "devices", "cancel", "pause", "resume", "export", "logs", "report"}
-    assert expected | {"completion", "demo", "version", "health", "gc", "audit", "backup", "restore", "check"} == set(VERBS)
+    expected |= {"completion", "demo", "version", "health", "gc", "audit", "backup", "restore", "check", "plan"}
+    expected |= {"init", "token", "operators", "join", "ca"}
+    expected |= {f"token {verb}" for verb in ("create", "list", "revoke")} | {"ca rotate"}
+    expected |= {f"devices {verb}" for verb in ("revoke", "quarantine", "release")}
+    expected |= {f"operators {verb}" for verb in ("list", "renew", "revoke")}
+    assert expected == set(VERBS)
 
 
-OFFLINE = {"serve", "validate", "completion", "demo", "version", "backup", "restore", "check"}
+OFFLINE = {"serve", "validate", "completion", "demo", "version", "backup", "restore", "check", "plan", "init", "ca", "ca rotate"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_has_examples_and_exit_codes(verb: str, capsys: Captured) -> None:
-    assert main([verb, "--help"]) == ExitCode.OK
+    assert main([*verb.split(), "--help"]) == ExitCode.OK
     text = capsys.readouterr().out
     assert f"fleetune {verb}" in text.partition("Examples:")[2]
     assert "Exit codes:" in text
@@ -76,20 +94,27 @@ def test_help_of_every_verb_has_examples_and_exit_codes(verb: str, capsys: Captu
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_that_answers_can_answer_in_json(verb: str) -> None:
-    command = cli.commands[verb]
-    assert isinstance(command, Verb)
+    command = COMMANDS[verb]
     options = {option for parameter in command.params for option in parameter.opts}
-    assert "--json" in options or verb in {"serve", "completion"}
+    only_verbs = isinstance(command, VerbGroup) and not command.invoke_without_command
+    assert "--json" in options or only_verbs or verb in {"serve", "completion"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_every_verb_parse(verb: str) -> None:
-    command = cli.commands[verb]
-    assert isinstance(command, Verb)
+    command = COMMANDS[verb]
+    assert isinstance(command, Verb | VerbGroup)
     for example in command.examples:
         # What stands after a pipe or a redirection belongs to the shell.
-        words = shlex.split(re.sub(r"[|>] .*", "", example.partition("fleetune ")[2]))
-        command.make_context(verb, words[1:], parent=click.Context(cli))
+        words = shlex.split(re.sub(r"[|<>] .*", "", example.partition("fleetune ")[2]))
+        # A verb of a verb may show those beside it, too.
+        spoken = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+        COMMANDS[spoken].make_context(spoken, words[len(spoken.split()) :], parent=click.Context(cli))
+
+
+def test_every_verb_says_what_it_does_in_one_line_of_the_overview() -> None:
+    for verb, command in COMMANDS.items():
+        assert not command.get_short_help_str(67).endswith("..."), verb
 
 
 def test_help_imports_neither_grpc_nor_rich() -> None:
@@ -121,12 +146,12 @@ def test_an_address_without_a_port_is_a_usage_error(capsys: Captured) -> None:
 @pytest.mark.parametrize("words", [["jobs"], ["devices"], ["watch"], ["health"], ["report"], ["cancel", "last"], ["logs", "last"]])
 def test_an_unreachable_coordinator_is_exit_code_3(words: list[str], capsys: Captured) -> None:
     address = control_service.dead_address()
-    assert main([*words, "--coordinator", address]) == ExitCode.UNREACHABLE
+    assert main([*words, "--plaintext", "--coordinator", address]) == ExitCode.UNREACHABLE
     assert f"no coordinator answers at {address}" in capsys.readouterr().err
 
 
 def test_an_error_is_one_json_document_where_json_was_asked_for(capsys: Captured) -> None:
-    assert main(["jobs", "--json", "--coordinator", control_service.dead_address()]) == ExitCode.UNREACHABLE
+    assert main(["jobs", "--json", "--plaintext", "--coordinator", control_service.dead_address()]) == ExitCode.UNREACHABLE
     printed = capsys.readouterr()
     assert json.loads(printed.out)["error"]["exit_code"] == 3
     assert printed.err == ""
@@ -325,8 +350,8 @@ async def test_health_of_a_serving_coordinator_is_exit_code_0(fleet: Fleet, caps
 
 
 def test_wrong_settings_of_serve_are_exit_code_2(tmp_path: Path, capsys: Captured) -> None:
-    words = ["serve", "--state-dir", str(tmp_path), "--listen", "0.0.0.0:7433", "--heartbeat-s", "soon"]
+    words = ["serve", "--state-dir", str(tmp_path), "--listen", "0.0.0.0:7433", "--plaintext", "--heartbeat-s", "soon"]
     assert main(words) == ExitCode.USAGE
     printed = capsys.readouterr().err
-    assert "--insecure-listen" in printed
+    assert "fleetune init" in printed
     assert "heartbeat_s" in printed

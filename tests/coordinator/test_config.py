@@ -19,11 +19,41 @@ def test_the_commented_example_holds_the_defaults() -> None:
     assert plain.state_dir == Path("/srv/ada/.local/state/fleetune")
 
 
-def test_an_open_address_needs_the_owner_s_word() -> None:
-    with pytest.raises(ComplaintsError, match="insecure_listen") as caught:
-        config.load(None, {}, {"listen": "0.0.0.0:7433"})
+def test_plaintext_is_for_loopback_alone() -> None:
+    with pytest.raises(ComplaintsError, match="fleetune init") as caught:
+        config.load(None, {}, {"listen": "0.0.0.0:7433", "plaintext": True})
     assert [complaint.path for complaint in caught.value.complaints] == ["listen"]
-    assert config.load(None, {}, {"listen": "0.0.0.0:7433", "insecure_listen": True}).listen == "0.0.0.0:7433"
+    assert config.load(None, {}, {"listen": "127.0.0.1:7433", "plaintext": True}).plaintext
+    assert config.load(None, {}, {"listen": "0.0.0.0:7433"}).listen == "0.0.0.0:7433"
+
+
+@pytest.mark.parametrize(
+    ("listen", "join_listen"), [("0.0.0.0:7433", "0.0.0.0:7434"), ("[::1]:9", "[::1]:10"), ("127.0.0.1:0", "127.0.0.1:0")]
+)
+def test_joining_has_the_next_port(listen: str, join_listen: str) -> None:
+    assert config.load(None, {}, {"listen": listen}).join_listen == join_listen
+    assert config.load(None, {}, {"listen": listen, "join_listen": "127.0.0.1:1"}).join_listen == "127.0.0.1:1"
+
+
+def test_there_is_no_port_after_the_last_one() -> None:
+    with pytest.raises(ComplaintsError, match="join_listen"):
+        config.load(None, {}, {"listen": "127.0.0.1:65535"})
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:7433", "[::]:7433", "192.0.2.7", "192.0.2.7:0"])
+def test_nobody_can_dial_a_wildcard_or_no_port(address: str) -> None:
+    with pytest.raises(ComplaintsError, match="address"):
+        config.load(None, {}, {"address": address})
+
+
+def test_the_files_of_another_authority_come_all_three_and_not_with_plaintext(tmp_path: Path) -> None:
+    with pytest.raises(ComplaintsError, match=r"tls\.certificate and tls\.key"):
+        config.load(None, {}, {"tls.roots": "r.pem"}, working_folder=tmp_path)
+    files: dict[str, object] = {"tls.roots": "r.pem", "tls.certificate": "c.pem", "tls.key": "k.pem"}
+    found = config.load(None, {}, files, working_folder=tmp_path).tls
+    assert found == config.TlsFiles(tmp_path / "r.pem", tmp_path / "c.pem", tmp_path / "k.pem")
+    with pytest.raises(ComplaintsError, match="plaintext"):
+        config.load(None, {}, {**files, "plaintext": True}, working_folder=tmp_path)
 
 
 @pytest.mark.parametrize("listen", ["localhost:1", "[::1]:7433", "127.0.0.1:0"])

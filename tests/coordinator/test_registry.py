@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from fleetune.coordinator.domain import Candidate
 from fleetune.coordinator.registry import REFUSAL_PAUSE_S, Greeting, Needs, Refused, Registry, Session, lacks, names_of
 
 METHODS = frozenset({"echo", "fedavg_lora"})
-PI = Greeting("id-pi", "pi", "run-1", frozenset({"kitchen", "arm"}), frozenset({"intents"}), METHODS, address="10.0.0.7:1")
+INTENTS = frozenset({"intents"})
+PI = Greeting("id-pi", "pi", "run-1", frozenset({"kitchen", "arm"}), INTENTS, INTENTS, INTENTS, METHODS, address="10.0.0.7:1")
 NEEDS = Needs("fedavg_lora", "intents", frozenset({"arm"}))
 
 
@@ -123,3 +125,28 @@ def test_a_refusal_pauses_a_device_until_it_speaks_or_the_pause_ends(registry: R
     registry.refused(session, "8 tasks wait", 200.0)
     registry.announce(session, True, "")
     assert ready(registry, now_s=200.0) == ["pi"]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "offered"),
+    [
+        (INTENTS, INTENTS, Candidate("id-pi", "pi", trains=True, evaluates=True)),
+        (INTENTS, frozenset[str](), Candidate("id-pi", "pi", trains=True, evaluates=False)),
+        (frozenset[str](), INTENTS, Candidate("id-pi", "pi", trains=False, evaluates=True)),
+    ],
+)
+def test_a_device_is_offered_for_what_it_has_rows_of(
+    registry: Registry, train: frozenset[str], validation: frozenset[str], offered: Candidate
+) -> None:
+    opened(registry, replace(PI, train_data_names=train, validation_data_names=validation))
+    assert registry.candidates(NEEDS, (), 0.0) == (offered,)
+
+
+def test_a_job_without_data_takes_every_device_for_both(registry: Registry) -> None:
+    opened(registry, replace(PI, train_data_names=frozenset(), validation_data_names=frozenset()))
+    assert registry.candidates(Needs("echo", "", frozenset()), (), 0.0) == (Candidate("id-pi", "pi"),)
+
+
+def test_why_a_device_that_only_measures_is_not_counted_is_said(registry: Registry) -> None:
+    opened(registry, replace(PI, train_data_names=frozenset()))
+    assert registry.explain(NEEDS, {"id-pi"}, 0.0) == {"pi": "it has only validation rows of 'intents'"}

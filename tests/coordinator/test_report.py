@@ -69,3 +69,10 @@ def test_the_report_in_json_has_shares_and_failures_and_is_json() -> None:
     assert document["failures"][0]["kind"] == "out_of_memory"
     assert document["history"][0]["metrics"]["accuracy"] == 0.5
     assert document["state"] == "failed"
+
+
+def test_a_report_of_a_very_long_job_says_since_when_it_knows_the_devices_parts() -> None:
+    view = job(pb.JOB_STATE_COMPLETED, history=[committed(number) for number in (1, 2, 3)], ended_after_s=9)
+    assert "is told from round" not in printed(view)
+    view.tasks_since_round = 3
+    assert "what each device did is told from round 3 on" in printed(view)

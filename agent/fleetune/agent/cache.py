@@ -27,6 +27,9 @@ LOG = logging.getLogger(__name__)
 
 OnBytes = Callable[[int, int], None]
 
+STATES_MAX = 100
+"""A round's state is of use until the next one is there. Small ones would fill the bound by the ten thousand, looked at in every round."""
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -61,6 +64,9 @@ class Cache:
             yield
         finally:
             self._held.subtract(held)
+            for name in held:
+                if not self._held[name]:
+                    del self._held[name]
 
     async def state(self, blob: Blob, on_bytes: OnBytes) -> Path:
         """The file of a global state, fetched if it is missing. Errors as of Downlink.fetch."""
@@ -153,14 +159,17 @@ class Cache:
         return folders
 
     def _make_room(self, needed_bytes: int) -> None:
-        """Remove what was used longest ago until `needed_bytes` fit the bound and the disk, or nothing removable is left."""
+        """Remove what was used longest ago until `needed_bytes` fit the bounds and the disk, or nothing removable is left."""
         entries = sorted(self._entries(), key=lambda entry: entry.used_ns)
         used = sum(entry.size_bytes for entry in entries)
         free = shutil.disk_usage(self._folder).free
+        states = sum(entry.path.parent.name == "blobs" for entry in entries)
         for entry in entries:
-            if used + needed_bytes <= self._limit_bytes and free >= needed_bytes + RESERVE_BYTES:
+            is_state = entry.path.parent.name == "blobs"
+            fits = used + needed_bytes <= self._limit_bytes and free >= needed_bytes + RESERVE_BYTES
+            if fits and states < STATES_MAX:
                 return
-            if self._held[entry.path.name] > 0:
+            if self._held[entry.path.name] > 0 or (fits and not is_state):
                 continue
             LOG.info("removed from the cache entry=%s/%s bytes=%d", entry.path.parent.name, entry.path.name[:12], entry.size_bytes)
             if entry.path.is_dir():
@@ -168,6 +177,7 @@ class Cache:
             else:
                 entry.path.unlink(missing_ok=True)
             self._verified.discard(entry.path.name)
+            states -= is_state
             used -= entry.size_bytes
             free += entry.size_bytes
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from fleetune.agent import cli_probe
 from fleetune.errors import FleetuneError, UnreachableError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 3
     REFUSED = 4
     STATE_IN_USE = 5
+    PROBLEMS = 6
 
 
 MEANINGS: Mapping[ExitCode, str] = {
@@ -36,8 +38,9 @@ MEANINGS: Mapping[ExitCode, str] = {
     ExitCode.INTERNAL: "internal error: a bug in Fleetune",
     ExitCode.USAGE: "usage error, wrong configuration or unusable machine",
     ExitCode.UNREACHABLE: "coordinator not reached within --connect-timeout-s",
-    ExitCode.REFUSED: "refused by the coordinator: other protocol, name taken, device id in use",
+    ExitCode.REFUSED: "refused by the coordinator: token, other protocol, name taken, device id in use; or another's root certificate",
     ExitCode.STATE_IN_USE: "another agent runs on this state folder",
+    ExitCode.PROBLEMS: "`doctor` found problems",
 }
 
 
@@ -69,7 +72,7 @@ def configured(function: Callable[..., object]) -> Callable[..., object]:
             type=click.Path(dir_okay=False, path_type=Path),
             help="agent.toml to read; else $FLEETUNE_AGENT_CONFIG, ~/.config/fleetune/agent.toml or /etc/fleetune/agent.toml.",
         ),
-        click.option("--coordinator", metavar="HOST:PORT", help="Coordinator to dial.  [default: 127.0.0.1:7433]"),
+        click.option("--coordinator", metavar="HOST:PORT", help="Coordinator to dial.  [default: the one of the join line]"),
         click.option("--name", metavar="NAME", help="What people call this device; unique in the fleet.  [default: the host name]"),
         click.option(
             "--state-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for the device's id, its outbox and its cache."
@@ -102,13 +105,14 @@ def cli() -> None:
 @cli.command(
     cls=Verb,
     examples=[
-        "fleetune-agent run --coordinator 192.0.2.7:7433 --data intents=/data/train.jsonl,/data/validation.jsonl",
+        "fleetune-agent run --data intents=/data/train.jsonl,/data/validation.jsonl",
         "fleetune-agent run --config /etc/fleetune/agent.toml --log-format json",
-        "fleetune-agent run --name bench-1 --state-dir /tmp/bench-1 --connect-timeout-s 10",
+        "fleetune-agent run --plaintext --coordinator 127.0.0.1:7433 --state-dir /tmp/bench-1 --connect-timeout-s 10",
     ],
     codes=[ExitCode.UNREACHABLE, ExitCode.REFUSED, ExitCode.STATE_IN_USE],
 )
 @configured
+@click.option("--plaintext", is_flag=True, help="Without certificate and encryption, to a coordinator on this machine that runs so too.")
 @click.option(
     "--connect-timeout-s",
     type=click.FloatRange(min=0, min_open=True),
@@ -117,10 +121,15 @@ def cli() -> None:
 @click.option("--log-format", type=click.Choice(["auto", "text", "json"]), help="How to log.  [default: auto]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log.  [default: info]")
 @click.option("--json", "as_json", is_flag=True, help="The same as --log-format json.")
-def run(connect_timeout_s: float | None, log_format: str | None, log_level: str | None, as_json: bool, **options: Any) -> int:
-    """Run the agent until it is stopped. It dials out: this machine needs no open port."""
+def run(
+    plaintext: bool, connect_timeout_s: float | None, log_format: str | None, log_level: str | None, as_json: bool, **options: Any
+) -> int:
+    """Run the agent until it is stopped. It dials out: this machine needs no open port.
+
+    Once, before that, the device joins the fleet with `fleetune-agent join`.
+    """
     chosen = "json" if as_json else log_format
-    config = _config(options, {"log.format": chosen, "log.level": log_level})
+    config = _config(options, {"log.format": chosen, "log.level": log_level, "plaintext": "true" if plaintext else None})
 
     # Before grpc is imported. Its own log lines repeat what ours say; its fork hooks are for programs that fork without exec.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -130,6 +139,70 @@ def run(connect_timeout_s: float | None, log_format: str | None, log_level: str 
 
     logs.configure(config.log_level, config.log_format)
     service.run(config, _version(), connect_timeout_s)
+    return ExitCode.OK
+
+
+@cli.command(
+    cls=Verb,
+    examples=[
+        "fleetune-agent join",
+        "ssh coordinator fleetune token create --json | jq -r .line | fleetune-agent join --name kitchen-pi -",
+        "fleetune-agent join --again --config /etc/fleetune/agent.toml",
+        "fleetune-agent join --certificate pi.pem --key pi.key --roots ca.pem --coordinator fleet.example:7433",
+    ],
+    codes=[ExitCode.UNREACHABLE, ExitCode.REFUSED],
+)
+@click.argument("line", metavar="[LINE|-]", default="")
+@click.option("--name", metavar="NAME", help="What people call this device; unique in the fleet.  [default: the host name]")
+@click.option("--state-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for the device's id and its identity.")
+@click.option("--config", "config_file", type=click.Path(dir_okay=False, path_type=Path), help="agent.toml to read, as `run` does.")
+@click.option("--again", is_flag=True, help="Replace the identity that this device has.")
+@click.option("--certificate", metavar="FILE", type=click.Path(path_type=Path), help="PEM of an authority of your own, instead of a line.")
+@click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="With --certificate: its key.")
+@click.option("--roots", metavar="FILE", type=click.Path(path_type=Path), help="With --certificate: the roots of the coordinator's.")
+@click.option("--coordinator", metavar="HOST:PORT", help="With --certificate: the coordinator to dial.")
+@click.option("--server-name", metavar="NAME", default="", help="With --certificate: the name in the coordinator's, if not its host.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")
+def join(
+    line: str,
+    again: bool,
+    certificate: Path | None,
+    key: Path | None,
+    roots: Path | None,
+    server_name: str,
+    as_json: bool,
+    **named: Any,  # Any: name, state_dir, config_file and coordinator, as `run` takes them
+) -> int:
+    """Make this device a member of a fleet, with the line that `fleetune token create` printed.
+
+    Without a line it is asked for, unseen, or read from standard input: what stands on a command line, other people of this machine can
+    read. The key is made here and never leaves; the coordinator is known by the fingerprint in the line before it is told anything.
+    """
+    from fleetune.agent import joining
+
+    config = _config({"settings": (), "data": (), **named}, {})
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    joining.refuse_overwriting(config, again=again)
+    if certificate is not None or key is not None or roots is not None:
+        if certificate is None or key is None or roots is None or line:
+            raise click.UsageError("--certificate, --key and --roots belong together, and replace the line.")
+        facts = joining.bring(config, joining.Files(certificate, key, roots, server_name))
+    else:
+        facts = joining.join(config, _join_line(line, joining.LINE_CHARACTERS_MAX))
+    until = joining.date(facts.not_after_unix_s)
+    if as_json:
+        report = {
+            "name": facts.name,
+            "coordinator": facts.coordinator,
+            "identity": str(joining.folder(config)),
+            "not_before_unix_s": facts.not_before_unix_s,
+            "not_after_unix_s": facts.not_after_unix_s,
+        }
+        _say(json.dumps(report, indent=2))
+    else:
+        _say(f"{facts.name} has joined the fleet of {facts.coordinator}")
+        _say(f"certificate until {until}, renewed by `fleetune-agent run`; in {joining.folder(config)}")
     return ExitCode.OK
 
 
@@ -150,8 +223,9 @@ def check(as_json: bool, **options: Any) -> int:
     found = profile(config.state_dir, config.training.cores, config.training.accelerator)
     report: dict[str, object] = {
         "config_file": str(config.file) if config.file is not None else None,
-        "coordinator": config.coordinator,
+        "coordinator": config.coordinator or None,
         "name": config.name,
+        "identity": _identity(config),
         "state_dir": str(config.state_dir),
         "tags": list(config.tags),
         "data": sorted(config.data),
@@ -212,6 +286,10 @@ def completion(shell: str) -> int:
     return ExitCode.OK
 
 
+cli.command(cls=Verb, examples=cli_probe.PROBE_EXAMPLES)(cli_probe.probe)
+cli.command(cls=Verb, examples=cli_probe.DOCTOR_EXAMPLES, codes=[ExitCode.PROBLEMS])(cli_probe.doctor)
+
+
 def main() -> None:
     """The console script."""
     from fleetune.platform_check import require_64bit
@@ -239,7 +317,7 @@ def exit_code(error: FleetuneError) -> ExitCode:
     name = type(error).__name__
     if name == "StateInUseError":
         return ExitCode.STATE_IN_USE
-    if name == "RefusedError":
+    if name in ("RefusedError", "JoinRefusedError", "WrongCoordinatorError"):
         return ExitCode.REFUSED
     return ExitCode.UNREACHABLE if isinstance(error, UnreachableError) else ExitCode.USAGE
 
@@ -264,6 +342,27 @@ def _config(options: Mapping[str, Any], more: Mapping[str, object]) -> AgentConf
     overrides.update({path: str(value) for path, value in named.items() if value is not None})
     chosen: Path | None = options["config_file"] or config.find_file(os.environ, Path.home())
     return config.load(chosen, os.environ, overrides)
+
+
+def _join_line(given: str, characters_max: int) -> str:
+    if given not in ("", "-"):
+        return given
+    if given == "" and sys.stdin.isatty():
+        return str(click.prompt("Join line (not shown)", hide_input=True))
+    return sys.stdin.readline(characters_max)
+
+
+def _identity(config: AgentConfig) -> str:
+    from fleetune.agent import joining
+    from fleetune.wire import identity
+
+    if config.plaintext:
+        return "plaintext, on this machine only"
+    found = identity.load(joining.folder(config))
+    if found is None:
+        return "none yet; `fleetune-agent join` makes one"
+    trouble = identity.trouble(found.facts)
+    return trouble or f"{found.facts.name}, for {found.facts.coordinator}, until {joining.date(found.facts.not_after_unix_s)}"
 
 
 def _version() -> str:

@@ -46,11 +46,25 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "coordinator",
         Kind.TEXT,
-        "127.0.0.1:7433",
+        "",
         "Address of the coordinator; the agent dials it, so this machine needs no open port.",
         check=_check_address,
+        default_words="what the join line said; with `plaintext`, `127.0.0.1:7433`",
     ),
-    Setting("name", Kind.TEXT, "", "What people call this device; unique in the fleet.", check=_check_name, default_words="the host name"),
+    Setting(
+        "name",
+        Kind.TEXT,
+        "",
+        "What people call this device; unique in the fleet. Once joined, it is the name in the certificate.",
+        check=_check_name,
+        default_words="the host name",
+    ),
+    Setting(
+        "plaintext",
+        Kind.SWITCH,
+        False,
+        "Without certificate and encryption, to a coordinator on this same machine that runs so too.",
+    ),
     Setting(
         "state_dir",
         Kind.PLACE,
@@ -147,7 +161,11 @@ class AgentConfig:
     """Every setting of an agent. `file` is None where there was none; `unused_environment` holds variables that no setting has."""
 
     coordinator: str
+    """HOST:PORT; empty where nobody set it: the identity knows."""
     name: str
+    name_is_set: bool
+    """Not only taken from the host."""
+    plaintext: bool
     state_dir: Path
     tags: tuple[str, ...]
     data: Mapping[str, DataPlace]
@@ -184,6 +202,8 @@ def load(
         raise ComplaintsError(str(path) if path is not None else "the agent's configuration", complaints)
     return AgentConfig(
         coordinator=found.text("coordinator"),
+        name_is_set=bool(found.text("name")),
+        plaintext=found.switch("plaintext"),
         name=found.text("name") or name_from_host(socket.gethostname() if host_name is None else host_name),
         state_dir=found.place("state_dir") or default_state_dir(environment, Path.home() if home is None else home),
         tags=tuple(dict.fromkeys(found.texts("tags"))),

@@ -16,9 +16,11 @@ from typing import TypeVar
 from fleetune.agent import convert, limits, work
 from fleetune.agent.cache import Cache, hub_cache
 from fleetune.agent.config import AgentConfig
+from fleetune.agent.credentials import Credentials
 from fleetune.agent.domain import FailureKind, Receipt, ReceiptStatus, Result, Task, Update, Welcome
 from fleetune.agent.downlink import Downlink
 from fleetune.agent.execution import Execution, Throttle
+from fleetune.agent.links import Links
 from fleetune.agent.methods import table
 from fleetune.agent.outbox import Outbox, Recovery
 from fleetune.agent.probe import compute
@@ -26,6 +28,7 @@ from fleetune.agent.probe.memory import memory
 from fleetune.agent.probe.owner import OwnerProbe
 from fleetune.agent.probe.profile import profile
 from fleetune.agent.probe.telemetry import Telemetry
+from fleetune.agent.renewal import Renewer
 from fleetune.agent.session import Session
 from fleetune.agent.trainer.process import Trainer
 from fleetune.agent.uplink import Uplink
@@ -38,6 +41,9 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UPLOADS_TOLD_MAX = 16
+"""Uploads whose progress is told at a time; they go one after the other."""
+
 REST_S = 0.5
 """Without work after a task, until the child begins to cool down."""
 
@@ -45,15 +51,18 @@ REST_S = 0.5
 class Daemon:
     """One agent. Only its `_dispatch` changes the work state, always on the event loop."""
 
-    def __init__(self, config: AgentConfig, device_id: str, version: str, connect_timeout_s: float | None = None) -> None:
+    def __init__(
+        self, config: AgentConfig, credentials: Credentials, device_id: str, version: str, connect_timeout_s: float | None = None
+    ) -> None:
         self._config = config
+        self._credentials = credentials
         self._device_id = device_id
         self._version = version
         self._connect_timeout_s = connect_timeout_s
         # Made at every start: tells a reconnect from a second agent with a copied id file.
         self._instance_id = uuid.uuid4().hex
         self._state = work.State(methods=frozenset(table.METHODS))
-        self._owner = OwnerProbe(config.limits, channel.split_address(config.coordinator)[0])
+        self._owner = OwnerProbe(config.limits, channel.split_address(credentials.address)[0])
         self._telemetry = Telemetry(config.state_dir)
         self._threads = compute.threads(config.training.cores)
         # SQLite and the deletion of files, in order and off the event loop.
@@ -71,10 +80,11 @@ class Daemon:
         self._bug = asyncio.get_running_loop().create_future()
         self._outbox = await self._stored(lambda: Outbox(self._config.state_dir / "outbox"))
         recovery = await self._stored(self._outbox.recover)
-        control, bulk = channel.open_channel(self._config.coordinator), channel.open_channel(self._config.coordinator)
-        downlink = Downlink(bulk)
+        credentials = self._credentials
+        links = Links(lambda: channel.open_channel(credentials.address, credentials.identity))
+        downlink = Downlink(links.bulk)
         self._downlink = downlink
-        self._uplink = Uplink(bulk, self._device_id, self._receipt_of_upload, self._undeliverable, self._upload_progress())
+        self._uplink = Uplink(links.bulk, self._device_id, self._receipt_of_upload, self._undeliverable, self._upload_progress())
         self._trainer = Trainer({"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"})
         cache = Cache(
             self._config.state_dir / "cache",
@@ -84,14 +94,19 @@ class Daemon:
             hub_cache(os.environ, Path.home()),
         )
         self._execution = Execution(self._config, self._threads, cache, self._trainer, self._outbox.path_for)
-        self._session = Session(
-            control, self._config.coordinator, self, self._hello, self._heartbeat, connect_timeout_s=self._connect_timeout_s
-        )
+        self._session = Session(links, credentials, self, self._hello, self._heartbeat, connect_timeout_s=self._connect_timeout_s)
+
+        def renewed() -> None:
+            links.replace()
+            self._session.redial()
+
+        self._renewer = Renewer(credentials, links.control, lambda: self._session.connected, renewed)
         self._recover(recovery)
         parts: set[asyncio.Future[None]] = {
             self._bug,
             asyncio.create_task(self._session.run(), name="session"),
             asyncio.create_task(self._deliver(), name="deliveries"),
+            asyncio.create_task(self._renewer.run(), name="renewals"),
             asyncio.create_task(_wait_for(stop), name="stop signal"),
         }
         try:
@@ -118,7 +133,7 @@ class Daemon:
                 await self._store(self._deliveries.get_nowait())
             await self._stored(self._outbox.close)
             self._storage.close()
-            await asyncio.gather(control.close(), bulk.close())
+            await links.close()
             LOG.info("stopped")
 
     # --- what the session hears (Listener)
@@ -126,7 +141,7 @@ class Daemon:
     def connected(self, welcome: Welcome) -> None:
         LOG.info(
             "connected coordinator=%s version=%s name=%s epoch=%d heartbeat_s=%g",
-            self._config.coordinator,
+            self._credentials.address,
             welcome.coordinator_version,
             self._config.name,
             welcome.epoch,
@@ -139,7 +154,7 @@ class Daemon:
 
     def disconnected(self) -> None:
         if not self._closing:
-            LOG.warning("disconnected coordinator=%s kept_results=%d", self._config.coordinator, len(self._state.kept))
+            LOG.warning("disconnected coordinator=%s kept_results=%d", self._credentials.address, len(self._state.kept))
 
     def task(self, task: Task) -> None:
         if self._closing:
@@ -154,6 +169,8 @@ class Daemon:
             task.method,
         )
         self._received_s.setdefault(task.task_id, time.monotonic())
+        if len(self._received_s) > work.RECENT_MAX:  # a task that was withdrawn gets no receipt
+            del self._received_s[next(iter(self._received_s))]
         self._dispatch(work.Received(task))
 
     def unusable_task(self, task_id: str, lease: int, error: WireError) -> None:
@@ -172,6 +189,10 @@ class Daemon:
             LOG.info("receipt task=%s lease=%d status=%s seconds=%.3f", receipt.task_id, receipt.lease, receipt.status.value, took_s)
         self._received_s.pop(receipt.task_id, None)
         self._dispatch(work.Receipted(receipt))
+
+    def renew(self) -> None:
+        LOG.info("the coordinator asks for a new certificate")
+        self._renewer.ask()
 
     # --- what the machine says
 
@@ -202,6 +223,8 @@ class Daemon:
             tags=self._config.tags,
             profile=measured,
             data_names=sorted(self._config.data),
+            train_data_names=sorted(name for name, place in self._config.data.items() if place.train is not None),
+            validation_data_names=sorted(name for name, place in self._config.data.items() if place.validation is not None),
             methods=sorted(table.METHODS),
             availability=fleet_pb2.Availability(accepts_tasks=state.accepts, reason=state.reason),
             held=held,
@@ -342,6 +365,8 @@ class Daemon:
                     self._send_progress(update.task_id, update.lease, stage, done, total, loss)
 
                 throttle = throttles[update.task_id] = Throttle(send)
+                if len(throttles) > UPLOADS_TOLD_MAX:  # one that was withdrawn half-way says no more
+                    throttles.pop(next(iter(throttles))).close()
             throttle("uploading", sent, total)
 
         return hear

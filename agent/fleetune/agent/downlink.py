@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import grpc
 import grpc.aio
 
 from fleetune.agent.bulk import Retry
 from fleetune.agent.domain import Blob
+from fleetune.agent.links import Line
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2
 from fleetune.wire import chunks, frames
@@ -29,10 +29,10 @@ RESERVE_BYTES = 64 << 20
 
 
 class Downlink:
-    """Fetches blobs over the bulk channel. One thread writes, so that chunks and the closing of a file keep their order."""
+    """Fetches blobs over the line for bulk. One thread writes, so that chunks and the closing of a file keep their order."""
 
-    def __init__(self, channel: grpc.aio.Channel, reserve_bytes: int = RESERVE_BYTES) -> None:
-        self._download = frames.download(channel)
+    def __init__(self, line: Line, reserve_bytes: int = RESERVE_BYTES) -> None:
+        self._line = line
         self._reserve_bytes = reserve_bytes
         self._files = Workers("downlink")
         self._wake = asyncio.Event()
@@ -61,16 +61,17 @@ class Downlink:
                     position = 0
                     chunks.check_space(partial.parent, blob.digest, blob.size_bytes, self._reserve_bytes)
                 if not arriving.finished:
-                    await self._stream(arriving, position, retry, on_bytes)
+                    async with self._line.use() as channel:
+                        await self._stream(channel, arriving, position, retry, on_bytes)
             finally:
                 # In the one thread of the writes, hence after the last of them; keeps what is there for the next try.
                 self._files.tell(arriving.close)
 
         await retry.run(attempt)
 
-    async def _stream(self, arriving: _Arriving, position: int, retry: Retry, on_bytes: OnBytes | None) -> None:
+    async def _stream(self, channel: grpc.aio.Channel, arriving: _Arriving, position: int, retry: Retry, on_bytes: OnBytes | None) -> None:
         blob = arriving.blob
-        call = self._download(blob_pb2.DownloadRequest(digest=blob.digest, offset=position))
+        call = frames.download(channel)(blob_pb2.DownloadRequest(digest=blob.digest, offset=position))
         writing: asyncio.Future[int] | None = None
         arrived: list[frames.Chunk] = []
         ended = False

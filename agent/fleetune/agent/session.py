@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 import grpc.aio
 
-from fleetune.agent import convert
+from fleetune.agent import convert, diagnosis
 from fleetune.agent.backoff import Backoff
+from fleetune.agent.credentials import Credentials
 from fleetune.agent.domain import Receipt, Task, Welcome
+from fleetune.agent.links import Links
 from fleetune.errors import FleetuneError, UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
 from fleetune.waiting import happened, within
@@ -26,6 +29,15 @@ LOG = logging.getLogger(__name__)
 
 WELCOME_DEADLINE_S = 10.0
 """From dialling to Welcome. A host that swallows packets would otherwise hold the agent for minutes."""
+
+REFUSED_S = 60.0
+"""At least so long between two tries at a coordinator that does not take this agent's certificate: only a person can change that."""
+
+REREAD_S = 2.0
+"""How often such a wait looks whether somebody has joined again, or set the clock."""
+
+SUSPICIONS = 3
+"""Failures in a row, none of them a refused connection, before a look at what answers there."""
 
 LEAVE_DEADLINE_S = 1.0
 LOG_MESSAGES_MAX = 64
@@ -45,10 +57,15 @@ class Listener(Protocol):
     def unusable_task(self, task_id: str, lease: int, error: WireError) -> None: ...
     def cancel(self, task_id: str, reason: str) -> None: ...
     def receipt(self, receipt: Receipt) -> None: ...
+    def renew(self) -> None: ...
 
 
 class _Lost(Exception):
     """This session is over; another one may be tried."""
+
+
+class _Redial(Exception):
+    """This session goes over to a new connection at once."""
 
 
 class Session:
@@ -56,16 +73,16 @@ class Session:
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
-        address: str,
+        links: Links,
+        credentials: Credentials,
         listener: Listener,
         hello: Callable[[], Awaitable[fleet_pb2.Hello]],
         heartbeat: Callable[[int], Awaitable[fleet_pb2.Heartbeat]],
         *,
         connect_timeout_s: float | None = None,
     ) -> None:
-        self._stub: FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
-        self._address = address
+        self._links = links
+        self._credentials = credentials
         self._listener = listener
         self._hello = hello
         self._heartbeat = heartbeat
@@ -76,6 +93,11 @@ class Session:
         self._complained = False
         self._duplicate_until_s: float | None = None
         self._leaving = asyncio.Event()
+        self._redial = asyncio.Event()
+        # Failures before a welcome, in a row, that a coordinator which is merely away does not explain.
+        self._suspicions = 0
+        self._welcomed = False
+        self._told = ""
 
     @property
     def connected(self) -> bool:
@@ -101,6 +123,10 @@ class Session:
         if self._connected:
             self._mailbox.put_log(log)
 
+    def redial(self) -> None:
+        """Go over to a new connection, with the present certificate; what waits to be written is offered again there."""
+        self._redial.set()
+
     async def leave(self, reason: str) -> None:
         """Tell the coordinator that the agent ends, and wait briefly until that is written. `run` returns after it."""
         self._leaving.set()
@@ -114,12 +140,17 @@ class Session:
         started_s = time.monotonic()
         while not self._leaving.is_set():
             retry_after_s = 0.0
+            barred = diagnosis.Finding(self._credentials.trouble())
             try:
+                if barred.refused:
+                    raise _Lost(barred.refused)
                 left_s = WELCOME_DEADLINE_S
                 if not self._ever_connected and self._connect_timeout_s is not None:
                     left_s = min(left_s, max(0.1, started_s + self._connect_timeout_s - time.monotonic()))
                 await self._once(backoff, left_s)
                 cause = "the coordinator ended the session"
+            except _Redial:
+                continue
             except _Refused as refused:
                 now_s = time.monotonic()
                 if refused.kind == fleet_pb2.REFUSAL_KIND_DUPLICATE_ID:
@@ -131,52 +162,109 @@ class Session:
                         refused.retry_after_s = 0.0
                 if refused.retry_after_s <= 0:
                     raise RefusedError(
-                        f"The coordinator at {self._address} refused this agent: {refused}", _remedy(refused.kind)
+                        f"The coordinator at {self._credentials.address} refused this agent: {refused}", _remedy(refused.kind)
                     ) from refused
                 retry_after_s, cause = refused.retry_after_s, f"refused: {refused}"
             except grpc.aio.AioRpcError as error:
                 cause = f"{error.code().name}: {error.details()}"
+                barred = await self._why(error.code(), error.details() or "")
             except _Lost as lost:
                 cause = str(lost)
+                if not barred.refused:
+                    barred = await self._why(None, "")
             if self._leaving.is_set():
                 return
             wait_s = max(backoff.next_s(), min(retry_after_s, 60.0))
+            if barred.refused:
+                cause, wait_s = barred.refused, max(wait_s, random.uniform(REFUSED_S, 1.5 * REFUSED_S))
             waited_s = time.monotonic() - started_s
             if not self._ever_connected and self._connect_timeout_s is not None and waited_s + wait_s > self._connect_timeout_s:
+                within_s = self._connect_timeout_s
                 raise UnreachableError(
-                    f"The coordinator at {self._address} did not take this agent within {self._connect_timeout_s:g} s ({cause}).",
-                    "Check that `fleetune serve` runs there and that its port can be reached.",
+                    f"The coordinator at {self._credentials.address} did not take this agent within {within_s:g} s ({cause}).",
+                    barred.remedy or "Check that `fleetune serve` runs there and that its port can be reached.",
                 )
+            if barred.refused:
+                await self._rest(barred, wait_s)
+                backoff.reset()
+                continue
             # Said once per trouble, not once per try: an agent may wait for days.
             level = logging.DEBUG if self._complained else logging.WARNING
             self._complained = True
-            LOG.log(level, "not connected, retrying until it works coordinator=%s wait_s=%.1f cause=%r", self._address, wait_s, cause)
+            address = self._credentials.address
+            LOG.log(level, "not connected, retrying until it works coordinator=%s wait_s=%.1f cause=%r", address, wait_s, cause)
             await happened(self._leaving, wait_s)
+
+    async def _why(self, code: grpc.StatusCode | None, details: str) -> diagnosis.Finding:
+        """Whether a session that failed would go on failing for the certificate's sake."""
+        own = self._credentials.identity
+        if own is None:
+            return diagnosis.SOUND
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return diagnosis.Finding(
+                f"the coordinator refuses the certificate of {own.facts.name!r}: {details or code.name}",
+                "If this device is to come back, an operator makes a token for it: `fleetune token create --name "
+                f"{own.facts.name} --replace`; then `fleetune-agent join --again` here.",
+            )
+        if self._welcomed or "Connection refused" in details:
+            self._suspicions = 0
+            return diagnosis.SOUND
+        closed = "failed to connect" in details and "Socket closed" in details
+        plain = closed or "handshake failed" in details or "verification" in details
+        self._suspicions = SUSPICIONS if plain else self._suspicions + 1
+        if self._suspicions < SUSPICIONS:
+            return diagnosis.SOUND
+        found = await diagnosis.look(self._credentials.address, own, self._credentials.folder)
+        self._suspicions = SUSPICIONS - 1 if found.refused else 0
+        return found
+
+    async def _rest(self, barred: diagnosis.Finding, wait_s: float) -> None:
+        """Leave the coordinator alone for `wait_s`, or until there is another identity, or a clock by which this one is good."""
+        if barred.refused != self._told:
+            self._told = barred.refused
+            remedy = barred.remedy or "Set the clock if it is wrong; else join again with a new token: `fleetune-agent join --again`."
+            LOG.error("not connected: %s. %s Trying again every minute or so.", barred.refused, remedy)
+        by_dates = bool(self._credentials.trouble())
+        until_s = time.monotonic() + wait_s
+        self._links.pause()
+        try:
+            while time.monotonic() < until_s and not await happened(self._leaving, REREAD_S):
+                if self._credentials.reread() or (by_dates and not self._credentials.trouble()):
+                    self._told = ""
+                    break
+        finally:
+            self._links.resume()
 
     async def _once(self, backoff: Backoff, welcome_deadline_s: float) -> None:
         """One session from dialling to its end."""
-        # The first try fails at once and tells why. Later ones wait for the channel, which dials with a back-off of its own: were
-        # they to fail at once too, the two waits would add up.
-        call = self._stub.Session(wait_for_ready=backoff.failures > 0)
-        try:
+        self._welcomed = False
+        self._redial.clear()
+        async with self._links.control.use() as channel:
+            # The first try fails at once and tells why. Later ones wait for the channel, which dials with a back-off of its own: were
+            # they to fail at once too, the two waits would add up.
+            stub: FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
+            call = stub.Session(wait_for_ready=backoff.failures > 0)
             try:
-                welcome = await within(welcome_deadline_s, self._greet(call))
-            except asyncio.TimeoutError:
-                raise _Lost(f"no answer within {welcome_deadline_s:g} s") from None
-            backoff.reset()
-            self._complained = False
-            self._duplicate_until_s = None
-            self._ever_connected = self._connected = True
-            self._mailbox = Mailbox()
-            self._listener.connected(welcome)
-            try:
-                await self._converse(call, welcome)
+                try:
+                    welcome = await within(welcome_deadline_s, self._greet(call))
+                except asyncio.TimeoutError:
+                    raise _Lost(f"no answer within {welcome_deadline_s:g} s") from None
+                backoff.reset()
+                self._complained = False
+                self._told = ""
+                self._suspicions = 0
+                self._duplicate_until_s = None
+                self._ever_connected = self._connected = self._welcomed = True
+                self._mailbox = Mailbox()
+                self._listener.connected(welcome)
+                try:
+                    await self._converse(call, welcome)
+                finally:
+                    self._connected = False
+                    self._mailbox.abandon()
+                    self._listener.disconnected()
             finally:
-                self._connected = False
-                self._mailbox.abandon()
-                self._listener.disconnected()
-        finally:
-            call.cancel()
+                call.cancel()
 
     async def _greet(self, call: Call) -> Welcome:
         # What the agent holds is told as of now, not as of the time when it began to dial.
@@ -200,6 +288,7 @@ class Session:
             asyncio.create_task(self._write(call), name="session writer"),
             asyncio.create_task(self._beat(welcome.heartbeat_s), name="session heartbeat"),
             asyncio.create_task(pulse.lost(), name="session lease"),
+            asyncio.create_task(self._moved(), name="session redial"),
         ]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -213,6 +302,10 @@ class Session:
                 raise _Lost("the stream was cut") from error
             if error is not None:
                 raise error
+
+    async def _moved(self) -> None:
+        await self._redial.wait()
+        raise _Redial
 
     async def _read(self, call: Call, welcome: Welcome, pulse: _Pulse) -> None:
         while True:
@@ -235,6 +328,8 @@ class Session:
             self._listener.cancel(response.cancel.task_id, response.cancel.reason)
         elif body == "receipt":
             self._listener.receipt(convert.receipt(response.receipt))
+        elif body == "renew":
+            self._listener.renew()
         elif body == "draining":
             LOG.info("coordinator is about to stop reason=%r", response.draining.reason)
         elif body != "heartbeat_reply":

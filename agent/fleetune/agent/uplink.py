@@ -16,6 +16,7 @@ import grpc.aio
 from fleetune.agent import convert
 from fleetune.agent.bulk import CALL_DEADLINE_S, Retry, TransferError
 from fleetune.agent.domain import FailureKind, Receipt, Update
+from fleetune.agent.links import Line
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
 from fleetune.wire import chunks, frames
@@ -37,11 +38,10 @@ REQUESTS_AHEAD = 2
 
 
 class Uplink:
-    """Sends updates over the bulk channel, one stream at a time. Owner of its tasks, one for each update under way."""
+    """Sends updates over the line for bulk, one stream at a time. Owner of its tasks, one for each update under way."""
 
-    def __init__(self, channel: grpc.aio.Channel, device_id: str, on_receipt: OnReceipt, on_failure: OnFailure, on_bytes: OnBytes) -> None:
-        self._stub: BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)
-        self._upload = frames.upload(channel)
+    def __init__(self, line: Line, device_id: str, on_receipt: OnReceipt, on_failure: OnFailure, on_bytes: OnBytes) -> None:
+        self._line = line
         self._device_id = device_id
         self._on_receipt = on_receipt
         self._on_failure = on_failure
@@ -91,15 +91,15 @@ class Uplink:
         retry = Retry(f"Upload of task {update.task_id}", self._wake)
 
         async def attempt(number: int) -> Receipt:
-            async with self._turn:
+            async with self._turn, self._line.use() as channel:
                 offset = 0
                 if number > 0 or not fresh:
-                    status = await self._status(update)
+                    status = await self._status(channel, update)
                     if status.HasField("receipt"):
                         return convert.receipt(status.receipt)
                     offset = min(status.offset, update.blob.size_bytes)
                     retry.progressed(offset)
-                return await self._stream(update, path, offset)
+                return await self._stream(channel, update, path, offset)
 
         try:
             receipt = await retry.run(attempt)
@@ -117,21 +117,22 @@ class Uplink:
             # Whatever it says of lease: it came in answer to this very update.
             self._on_receipt(replace(receipt, task_id=update.task_id, lease=update.lease))
 
-    async def _status(self, update: Update) -> blob_pb2.UploadStatusResponse:
+    async def _status(self, channel: grpc.aio.Channel, update: Update) -> blob_pb2.UploadStatusResponse:
         blob = messages_pb2.BlobRef(digest=update.blob.digest, size_bytes=update.blob.size_bytes)
         request = blob_pb2.UploadStatusRequest(device_id=self._device_id, task_id=update.task_id, blob=blob, epoch=update.epoch)
-        call = self._stub.UploadStatus(request, timeout=CALL_DEADLINE_S)
+        stub: BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(channel)
+        call = stub.UploadStatus(request, timeout=CALL_DEADLINE_S)
         try:
             return await call
         finally:
             call.cancel()
 
-    async def _stream(self, update: Update, path: Path, offset: int) -> Receipt:
+    async def _stream(self, channel: grpc.aio.Channel, update: Update, path: Path, offset: int) -> Receipt:
         size_bytes = update.blob.size_bytes
         reader = _Reader(path, size_bytes, self.chunk_bytes)
         header = convert.upload_header(update, self._device_id, offset)
         reading: asyncio.Future[tuple[list[bytes], int]] | None = self._files.run(reader.first, header)
-        call = self._upload()
+        call = frames.upload(channel)()
         try:
             while reading is not None:
                 requests, offset = await reading

@@ -3,6 +3,7 @@
     manifest.json         this list, with the time, the epoch and the versions
     coordinator.sqlite    a consistent copy of the database
     blobs/<digest>        every blob that the copy names
+    tls/<name>            the fleet's authority and the server's certificate, keys included, where there are any
 
 Round folders are missing on purpose: a coordinator writes them again from its database and its blobs when it starts.
 """
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from fleetune.coordinator import tlsfolder
 from fleetune.errors import ConfigError, WireError
 from fleetune.wire import digests
 
@@ -22,6 +24,9 @@ FORMAT = "fleetune-backup/1"
 MANIFEST = "manifest.json"
 DATABASE = "coordinator.sqlite"
 BLOBS = "blobs/"
+TLS = "tls/"
+TLS_NAMES = frozenset(TLS + name for name in tlsfolder.KEPT)
+"""Secrets are among them, so that an archive is to be kept like a key."""
 
 MANIFEST_BYTES_MAX = 64 << 20
 FILE_BYTES_MAX = 1 << 42
@@ -92,11 +97,15 @@ def _files(found: object, archive: Path) -> Iterator[File]:
         fields = cast("dict[str, object]", item) if isinstance(item, dict) else {}
         name, digest = fields.get("name"), fields.get("digest")
         try:
-            allowed = isinstance(name, str) and isinstance(digest, str) and name in (DATABASE, BLOBS + digests.check(digest))
+            allowed = (
+                isinstance(name, str)
+                and isinstance(digest, str)
+                and (name in (DATABASE, BLOBS + digests.check(digest)) or name in TLS_NAMES)
+            )
         except WireError:
             allowed = False
         if not allowed:
-            raise damaged(archive, f"it names a file {str(name)[:80]!r}, allowed are {DATABASE} and {BLOBS}DIGEST")
+            raise damaged(archive, f"it names a file {str(name)[:80]!r}, allowed are {DATABASE}, {BLOBS}DIGEST and the files of {TLS}")
         yield File(cast(str, name), cast(str, digest), _integer(fields.get("size_bytes"), archive, "size_bytes", FILE_BYTES_MAX))
 
 

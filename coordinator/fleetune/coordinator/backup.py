@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fleetune.coordinator import archive
+from fleetune.coordinator import archive, tlsfolder
 from fleetune.coordinator.archive import File, Manifest
 from fleetune.coordinator.faults import FolderInUseError, MachineError
 from fleetune.coordinator.store import copies, schema
@@ -98,6 +98,7 @@ def _pinned(state_dir: Path) -> Generator[Path, None, None]:
 
 def _hold(state_dir: Path, folder: Path) -> bool:
     """Copy the database, then give its blobs names in `folder`; False where one of them is gone."""
+    tlsfolder.copy(state_dir, folder)
     copies.copy(state_dir / archive.DATABASE, folder / archive.DATABASE)
     store = BlobStore(state_dir)
     for digest in _named(folder):
@@ -126,6 +127,10 @@ def _manifest(folder: Path) -> Manifest:
         )
     files = [File(archive.DATABASE, digests.of_file(database), database.stat().st_size)]
     files += [File(archive.BLOBS + digest, digest, (folder / digest).stat().st_size) for digest in _named(folder)]
+    for name in sorted(archive.TLS_NAMES):
+        path = folder / name
+        if path.is_file():
+            files.append(File(name, digests.of_file(path), path.stat().st_size))
     return Manifest(time.time(), importlib.metadata.version("fleetune"), version, int(meta.get("epoch", 1)), tuple(files))
 
 
@@ -148,7 +153,7 @@ def _write(target: Path, folder: Path, manifest: Manifest, on_bytes: OnBytes) ->
                 tar.addfile(header, io.BytesIO(data))
                 done = 0
                 for member in manifest.files:
-                    source = folder / (archive.DATABASE if member.name == archive.DATABASE else member.digest)
+                    source = folder / (member.digest if member.name.startswith(archive.BLOBS) else member.name)
                     with source.open("rb") as reading:
                         hearing = _Hearing(reading, done, manifest.size_bytes(), on_bytes)
                         tar.addfile(_header(member.name, member.size_bytes, manifest), hearing)

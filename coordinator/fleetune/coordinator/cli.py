@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from fleetune.complaints import ComplaintsError
-from fleetune.coordinator import faults
-from fleetune.coordinator.exitcodes import ExitCode, sentence
+from fleetune.coordinator import cli_fleet, faults, planverb
+from fleetune.coordinator.cliverbs import ADDRESS_VARIABLE, ASKING, Globals, Verb, asks, now, print_json, reaches, run, say
+from fleetune.coordinator.cliverbs import console as open_console
+from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.errors import ConfigError, FleetuneError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,59 +28,23 @@ if TYPE_CHECKING:
     from fleetune.coordinator.jsonview import Json
     from fleetune.v1 import control_pb2
 
-DEFAULT_ADDRESS = "127.0.0.1:7433"
-ADDRESS_VARIABLE = "FLEETUNE_COORDINATOR"
 DEBUG_VARIABLE = "FLEETUNE_DEBUG"
 
 PROGRESS_S = 2.0
-
-PLAIN_WIDTH = 120
-"""Columns of a table that goes into a file or a pipe, where COLUMNS does not say otherwise."""
-
-T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., object])
-
-
-class Verb(click.Command):
-    """A command whose help ends with examples and its exit codes."""
-
-    def __init__(
-        self, *args: Any, examples: Sequence[str] = (), codes: Sequence[ExitCode] = (), **settings: Any
-    ) -> None:  # Any: click's own
-        super().__init__(*args, **settings)
-        self.examples = tuple(examples)
-        self.codes = tuple(codes)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples as they are typed, then the codes."""
-        with formatter.section("Examples"):
-            for example in self.examples:
-                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
-        with formatter.section("Exit codes"):
-            formatter.write_text(sentence(*self.codes))
-
-
-@dataclass(frozen=True)
-class Globals:
-    """What stands before the verb."""
-
-    coordinator: str
-    no_color: bool
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--coordinator",
     metavar="HOST:PORT",
-    default=DEFAULT_ADDRESS,
     envvar=ADDRESS_VARIABLE,
-    show_default=True,
     show_envvar=True,
-    help="Where the coordinator listens; may also stand after the verb.",
+    help="Where the coordinator listens; may also stand after the verb. Your identity knows where if left out.",
 )
+@reaches
 @click.option("--no-color", is_flag=True, help="No colours; NO_COLOR in the environment does the same.")
 @click.pass_context
-def cli(context: click.Context, coordinator: str, no_color: bool) -> None:
+def cli(context: click.Context, coordinator: str | None, no_color: bool) -> None:
     """Fine-tune language models on the machines you already have.
 
     A coordinator (`fleetune serve`) plans rounds, agents (`fleetune-agent run`) train on their own data, and the result of
@@ -89,12 +53,6 @@ def cli(context: click.Context, coordinator: str, no_color: bool) -> None:
     JOB is a job's id, an unambiguous beginning of one, or "last".
     """
     context.obj = Globals(coordinator, no_color)
-
-
-def asks(function: F) -> F:
-    """Options of every verb that asks a coordinator."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of text.")(function)
-    return click.option("--coordinator", metavar="HOST:PORT", help=f"Where the coordinator listens (or {ADDRESS_VARIABLE}).")(function)
 
 
 def _age_s(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -107,8 +65,7 @@ def _age_s(context: click.Context, parameter: click.Parameter, value: str | None
     return int(number) * unit_s
 
 
-_ASKING = (ExitCode.UNREACHABLE, ExitCode.REFUSED)
-_FOLLOWING = (*_ASKING, ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED)
+_FOLLOWING = (*ASKING, ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED)
 
 
 # --- running a coordinator -------------------------------------------------------------------------------------------
@@ -143,7 +100,8 @@ class ServeVerb(Verb):
     examples=[
         "fleetune serve",
         "fleetune serve --config /etc/fleetune/coordinator.toml",
-        "fleetune serve --listen 0.0.0.0:7433 --insecure-listen",
+        "fleetune serve --listen 0.0.0.0:7433",
+        "fleetune serve --plaintext",
     ],
     codes=(ExitCode.MACHINE,),
 )
@@ -167,6 +125,7 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
 
 @cli.command(
     cls=Verb,
+    short_help="See it all on this machine: a coordinator, agents, a small model.",
     examples=["fleetune demo", "fleetune demo --agents 4 --split dirichlet --alpha 0.5", "fleetune demo --data ./my-texts --rounds 5"],
     codes=(ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED, ExitCode.MACHINE, ExitCode.TERMINATED),
 )
@@ -192,7 +151,7 @@ def demo(context: click.Context, /, as_json: bool, plain: bool, **settings: Any)
     """
     from fleetune.coordinator.demo import demo as run
 
-    console = _console(context)
+    console = open_console(context)
     return int(run.main(run.DemoSettings(**settings), console, lines=plain or not console.is_terminal, as_json=as_json))
 
 
@@ -222,15 +181,15 @@ def submit(
     from fleetune.coordinator import overrides
 
     text = overrides.apply(_read_job(file), settings)
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         job_id = await client.submit(text)
         if not wait:
             if as_json:
-                _print_json({"job_id": job_id})
+                print_json({"job_id": job_id})
             else:
-                _say(f"submitted as {job_id}; follow it with `fleetune watch {job_id}`")
+                say(f"submitted as {job_id}; follow it with `fleetune watch {job_id}`")
             return ExitCode.OK
         if not as_json:
             return await _follow(client, job_id, console, lines=plain or not console.is_terminal, as_json=False)
@@ -238,7 +197,7 @@ def submit(
         _print_job(job)
         return _job_exit(job)
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 @cli.command(cls=Verb, examples=["fleetune validate job.toml", "fleetune validate job.toml --json"])
@@ -256,14 +215,15 @@ def validate(file: Path, settings: tuple[str, ...], as_json: bool) -> int:
     # A file that is no TOML is reported by the parser, like any other mistake.
     spec = jobspec.parse(overrides.apply(text, settings) if settings else text)
     if as_json:
-        _print_json({"valid": True, "complaints": [], "job": cast("Json", spec.model_dump(mode="json"))})
+        print_json({"valid": True, "complaints": [], "job": cast("Json", spec.model_dump(mode="json"))})
     else:
-        _say(f"{file}: valid ({spec.method.name}, {spec.rounds.count} rounds)")
+        say(f"{file}: valid ({spec.method.name}, {spec.rounds.count} rounds)")
     return ExitCode.OK
 
 
 @cli.command(
     cls=Verb,
+    short_help="Follow a job until it has ended.",
     examples=["fleetune watch", "fleetune watch 7f3a", "fleetune watch last --json | jq .state"],
     codes=(*_FOLLOWING, ExitCode.NOT_FOUND),
 )
@@ -276,62 +236,67 @@ def watch(context: click.Context, job: str, plain: bool, coordinator: str | None
 
     Ctrl-C ends the watch, not the job. With --json: one JSON document a line at each change.
     """
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         return await _follow(client, job, console, lines=plain or not console.is_terminal, as_json=as_json)
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
-@cli.command(cls=Verb, examples=["fleetune jobs", "fleetune jobs --json | jq '.jobs[].state'"], codes=_ASKING)
+@cli.command(cls=Verb, examples=["fleetune jobs", "fleetune jobs --json | jq '.jobs[].state'"], codes=ASKING)
 @asks
 @click.pass_context
 def jobs(context: click.Context, coordinator: str | None, as_json: bool) -> int:
     """List all jobs, the newest last."""
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator import listing
         from fleetune.coordinator.jsonview import message_json
 
         found = await client.jobs()
         if as_json:
-            _print_json({"jobs": [message_json(job) for job in found]})
+            print_json({"jobs": [message_json(job) for job in found]})
         elif found:
-            console.print(listing.jobs(found, now_unix_s=_now()))
+            console.print(listing.jobs(found, now_unix_s=now()))
         else:
-            _say("no jobs yet; `fleetune submit job.toml` makes one")
+            say("no jobs yet; `fleetune submit job.toml` makes one")
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
-@cli.command(cls=Verb, examples=["fleetune report", "fleetune report 7f3a --json"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@cli.command(
+    cls=Verb,
+    short_help="Say what became of a job.",
+    examples=["fleetune report", "fleetune report 7f3a --json"],
+    codes=(*ASKING, ExitCode.NOT_FOUND),
+)
 @click.argument("job", metavar="[JOB]", default="last")
 @asks
 @click.pass_context
 def report(context: click.Context, job: str, coordinator: str | None, as_json: bool) -> int:
     """Say what became of a job: rounds, devices' shares, best round, failures."""
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator import report as reports
 
         found = await client.job(job)
         if as_json:
-            _print_json(reports.report_json(found))
+            print_json(reports.report_json(found))
         else:
-            console.print(reports.report(found, now_unix_s=_now(), width=console.width))
+            console.print(reports.report(found, now_unix_s=now(), width=console.width))
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 @cli.command(
     cls=Verb,
     examples=["fleetune logs last", "fleetune logs 7f3a kitchen-pi", "fleetune logs last --json"],
-    codes=(*_ASKING, ExitCode.NOT_FOUND),
+    codes=(*ASKING, ExitCode.NOT_FOUND),
 )
 @click.argument("job", metavar="JOB")
 @click.argument("device", metavar="[DEVICE]", default="")
@@ -339,28 +304,28 @@ def report(context: click.Context, job: str, coordinator: str | None, as_json: b
 @click.pass_context
 def logs(context: click.Context, job: str, device: str, coordinator: str | None, as_json: bool) -> int:
     """Print what the training processes of a job's devices wrote."""
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator import listing
         from fleetune.coordinator.jsonview import message_json
 
         lines = await client.logs(job, device)
         if as_json:
-            _print_json({"lines": [message_json(line) for line in lines]})
+            print_json({"lines": [message_json(line) for line in lines]})
         elif lines:
             console.print(listing.log_lines(lines), soft_wrap=True)
         else:
-            _say("no log lines yet" + (f" from {device}" if device else ""))
+            say("no log lines yet" + (f" from {device}" if device else ""))
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 @cli.command(
     cls=Verb,
     examples=["fleetune cancel last", 'fleetune cancel 7f3a --reason "wrong data"'],
-    codes=(*_ASKING, ExitCode.NOT_FOUND),
+    codes=(*ASKING, ExitCode.NOT_FOUND),
 )
 @click.argument("job", metavar="JOB")
 @click.option("--reason", default="", help="Why, for whoever reads the report.")
@@ -371,7 +336,7 @@ def cancel(context: click.Context, job: str, reason: str, coordinator: str | Non
     return _change(context, coordinator, as_json, lambda client: client.cancel(job, reason))
 
 
-@cli.command(cls=Verb, examples=["fleetune pause last"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@cli.command(cls=Verb, examples=["fleetune pause last"], codes=(*ASKING, ExitCode.NOT_FOUND))
 @click.argument("job", metavar="JOB")
 @asks
 @click.pass_context
@@ -380,7 +345,7 @@ def pause(context: click.Context, job: str, coordinator: str | None, as_json: bo
     return _change(context, coordinator, as_json, lambda client: client.pause(job))
 
 
-@cli.command(cls=Verb, examples=["fleetune resume last"], codes=(*_ASKING, ExitCode.NOT_FOUND))
+@cli.command(cls=Verb, examples=["fleetune resume last"], codes=(*ASKING, ExitCode.NOT_FOUND))
 @click.argument("job", metavar="JOB")
 @asks
 @click.pass_context
@@ -392,7 +357,7 @@ def resume(context: click.Context, job: str, coordinator: str | None, as_json: b
 @cli.command(
     cls=Verb,
     examples=["fleetune export last ./adapter", "fleetune export 7f3a ./best --best", "fleetune export 7f3a ./round-3 --round 3"],
-    codes=(*_ASKING, ExitCode.NOT_FOUND, ExitCode.MACHINE),
+    codes=(*ASKING, ExitCode.NOT_FOUND, ExitCode.MACHINE),
 )
 @click.argument("job", metavar="JOB")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -418,25 +383,25 @@ def export(
     if best and round_number is not None:
         raise click.UsageError("--best and --round exclude each other.")
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator.figures import bytes_text
 
         done = await client.export(job, folder, round_number=round_number or 0, best=best, force=force)
         if as_json:
-            _print_json(
+            print_json(
                 {"job_id": done.job_id, "round": done.round, "folder": str(done.folder), "files": done.files, "size_bytes": done.size_bytes}
             )
         else:
-            _say(f"{done.folder}: adapter of round {done.round}, {done.files} files, {bytes_text(done.size_bytes)}")
+            say(f"{done.folder}: adapter of round {done.round}, {done.files} files, {bytes_text(done.size_bytes)}")
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 @cli.command(
     cls=Verb,
     examples=["fleetune gc --dry-run", "fleetune gc", "fleetune gc --keep-rounds 1 --jobs-older-than 30d"],
-    codes=_ASKING,
+    codes=ASKING,
 )
 @click.option(
     "--keep-rounds", type=click.IntRange(1), help="Ended jobs keep so many of their last rounds, and the best; all the rest goes."
@@ -457,7 +422,7 @@ def gc(
     """
     keep = keep_rounds or (1 if jobs_older_than is not None else 0)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator import listing
         from fleetune.coordinator.jsonview import message_json
 
@@ -465,67 +430,51 @@ def gc(
         if as_json:
             document: dict[str, Json] = {"dry_run": dry_run}
             document.update(message_json(found))
-            _print_json(document)
+            print_json(document)
         else:
-            _say(listing.garbage(found, dry_run=dry_run))
+            say(listing.garbage(found, dry_run=dry_run))
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 # --- the fleet -------------------------------------------------------------------------------------------------------
 
 
-@cli.command(cls=Verb, examples=["fleetune devices", "fleetune devices --json | jq '.devices[] | select(.online) | .name'"], codes=_ASKING)
-@asks
-@click.pass_context
-def devices(context: click.Context, coordinator: str | None, as_json: bool) -> int:
-    """List the devices: what they are, what they do, when they were last seen."""
-    console = _console(context)
-
-    async def run(client: Client) -> int:
-        from fleetune.coordinator import listing
-        from fleetune.coordinator.jsonview import message_json
-
-        found = await client.devices()
-        if as_json:
-            _print_json({"devices": [message_json(device) for device in found]})
-        elif found:
-            console.print(listing.devices(found, now_unix_s=_now(), width=console.width))
-        else:
-            _say("no devices yet; `fleetune-agent run` on one makes it join")
-        return ExitCode.OK
-
-    return _run(context, coordinator, run)
+for _verb in cli_fleet.VERBS:
+    cli.add_command(_verb)
 
 
-@cli.command(cls=Verb, examples=["fleetune health", "fleetune health --coordinator 192.0.2.7:7433 --json"], codes=_ASKING)
+@cli.command(
+    cls=Verb,
+    short_help="Ask whether the coordinator serves.",
+    examples=["fleetune health", "fleetune health --coordinator 192.0.2.7:7433 --json"],
+    codes=ASKING,
+)
 @asks
 @click.pass_context
 def health(context: click.Context, coordinator: str | None, as_json: bool) -> int:
     """Ask whether the coordinator serves; exit code 0 only if it does."""
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         serving = await client.serving()
         info = await client.server_info() if serving else None
         if as_json:
             facts: dict[str, Json] = {"serving": serving, "address": client.address}
             if info is not None:
                 facts.update(version=info.version, devices_online=info.devices_online, jobs_running=info.jobs_running)
-            _print_json(facts)
+            print_json(facts)
         elif info is not None:
-            _say(
-                f"{client.address} serves: fleetune {info.version}, devices online {info.devices_online}, jobs running {info.jobs_running}"
-            )
+            say(f"{client.address} serves: fleetune {info.version}, devices online {info.devices_online}, jobs running {info.jobs_running}")
         else:
-            _say(f"{client.address} answers, but does not serve: it starts or stops")
+            say(f"{client.address} answers, but does not serve: it starts or stops")
         return ExitCode.OK if serving else ExitCode.REFUSED
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 @cli.command(
-    cls=Verb, examples=["fleetune audit", "fleetune audit --limit 20", "fleetune audit --json | jq '.entries[].action'"], codes=_ASKING
+    cls=Verb, examples=["fleetune audit", "fleetune audit --limit 20", "fleetune audit --json | jq '.entries[].action'"], codes=ASKING
 )
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many of the newest.")
 @asks
@@ -535,22 +484,22 @@ def audit(context: click.Context, limit: int, coordinator: str | None, as_json: 
 
     Submits, cancels, pauses, resumes and restores, the newest last.
     """
-    console = _console(context)
+    console = open_console(context)
 
-    async def run(client: Client) -> int:
+    async def ask(client: Client) -> int:
         from fleetune.coordinator import listing
         from fleetune.coordinator.jsonview import message_json
 
         found = await client.audit(limit)
         if as_json:
-            _print_json({"entries": [message_json(entry) for entry in found]})
+            print_json({"entries": [message_json(entry) for entry in found]})
         elif found:
             console.print(listing.audit(found))
         else:
-            _say("nobody has asked for anything yet")
+            say("nobody has asked for anything yet")
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, ask)
 
 
 # --- backups ---------------------------------------------------------------------------------------------------------
@@ -558,6 +507,7 @@ def audit(context: click.Context, limit: int, coordinator: str | None, as_json: 
 
 @cli.command(
     cls=Verb,
+    short_help="Write a coordinator's whole state into one file.",
     examples=[
         "fleetune backup fleetune-state /mnt/usb/fleetune-monday.tar",
         "fleetune backup /var/lib/fleetune fleetune.tar --json",
@@ -579,9 +529,9 @@ def backup(state_dir: Path, target: Path, as_json: bool) -> int:
     made = backups.make(state_dir, target, _progress("copied", as_json))
     if as_json:
         facts: dict[str, Json] = {"target": str(made.target), "made_unix_s": made.manifest.made_unix_s, "epoch": made.manifest.epoch}
-        _print_json({**facts, "files": len(made.manifest.files), "size_bytes": made.size_bytes})
+        print_json({**facts, "files": len(made.manifest.files), "size_bytes": made.size_bytes})
     else:
-        _say(f"{made.target}: {len(made.manifest.files)} files, {bytes_text(made.size_bytes)}")
+        say(f"{made.target}: {len(made.manifest.files)} files, {bytes_text(made.size_bytes)}")
     return ExitCode.OK
 
 
@@ -604,9 +554,9 @@ def restore(archive: Path, state_dir: Path, as_json: bool) -> int:
     done = restoring.restore(archive, state_dir, _progress("restored", as_json))
     if as_json:
         facts: dict[str, Json] = {"state_dir": str(done.state_dir), "made_unix_s": done.manifest.made_unix_s, "epoch": done.epoch}
-        _print_json({**facts, "files": len(done.manifest.files)})
+        print_json({**facts, "files": len(done.manifest.files)})
     else:
-        _say(f"{done.state_dir}: {len(done.manifest.files)} files, epoch {done.epoch}; `fleetune serve --state-dir {state_dir}` runs it")
+        say(f"{done.state_dir}: {len(done.manifest.files)} files, epoch {done.epoch}; `fleetune serve --state-dir {state_dir}` runs it")
     return ExitCode.OK
 
 
@@ -628,6 +578,9 @@ def _progress(done_word: str, silent: bool) -> Callable[[int, int], None]:
     return hear
 
 
+cli.command(cls=Verb, examples=planverb.EXAMPLES, codes=planverb.CODES)(planverb.plan)
+
+
 # --- the tool itself -------------------------------------------------------------------------------------------------
 
 
@@ -647,12 +600,13 @@ def completion(shell: str) -> int:
     script = get_completion_class(shell)
     if script is None:
         raise UnsupportedError(f"no completion for {shell}.", "Choose bash, zsh or fish.")
-    _say(script(cli, {}, "fleetune", "_FLEETUNE_COMPLETE").source())
+    say(script(cli, {}, "fleetune", "_FLEETUNE_COMPLETE").source())
     return ExitCode.OK
 
 
 @cli.command(
     cls=Verb,
+    short_help="Judge the history that a stopped coordinator has left.",
     examples=["fleetune check ~/.local/state/fleetune", "fleetune check STATE_DIR --json | jq '.violations[].rule'"],
     codes=(ExitCode.UNSOUND,),
 )
@@ -673,9 +627,9 @@ def check(state_dir: Path, receipts: Path | None, as_json: bool) -> int:
 
     found = reader.examine(state_dir, receipts)
     if as_json:
-        _print_json({"sound": not found, "violations": [asdict(violation) for violation in found]})
+        print_json({"sound": not found, "violations": [asdict(violation) for violation in found]})
     else:
-        _say("\n".join(str(violation) for violation in found) or f"{state_dir} is sound")
+        say("\n".join(str(violation) for violation in found) or f"{state_dir} is sound")
     return ExitCode.UNSOUND if found else ExitCode.OK
 
 
@@ -688,9 +642,9 @@ def version(as_json: bool) -> int:
 
     own = metadata.version("fleetune")
     if as_json:
-        _print_json({"version": own, "python": platform.python_version()})
+        print_json({"version": own, "python": platform.python_version()})
     else:
-        _say(f"fleetune {own}, Python {platform.python_version()}")
+        say(f"fleetune {own}, Python {platform.python_version()}")
     return ExitCode.OK
 
 
@@ -706,38 +660,18 @@ def _read_job(file: Path) -> str:
         raise ConfigError(f"the job file {file} is not UTF-8 text.") from error
 
 
-def _run(context: click.Context, coordinator: str | None, verb: Callable[[Client], Coroutine[object, object, int]]) -> int:
-    """Runs a verb on a connection that is closed whatever happens."""
-    import asyncio
-
-    from fleetune.coordinator.client import Client
-
-    settings = context.find_object(Globals)
-    address = coordinator or (settings.coordinator if settings is not None else DEFAULT_ADDRESS)
-
-    async def run() -> int:
-        try:
-            client = Client(address)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-        async with client:
-            return await verb(client)
-
-    return int(asyncio.run(run()))
-
-
 def _change(context: click.Context, coordinator: str | None, as_json: bool, ask: Callable[[Client], Awaitable[control_pb2.JobView]]) -> int:
-    async def run(client: Client) -> int:
+    async def changed(client: Client) -> int:
         job = await ask(client)
         if as_json:
             _print_job(job)
         else:
             from fleetune.coordinator.watch import state_word
 
-            _say(f"{job.name} ({job.job_id}) is {state_word(job.state)}" + (f": {job.message}" if job.message else ""))
+            say(f"{job.name} ({job.job_id}) is {state_word(job.state)}" + (f": {job.message}" if job.message else ""))
         return ExitCode.OK
 
-    return _run(context, coordinator, run)
+    return run(context, coordinator, changed)
 
 
 async def _follow(client: Client, job: str, console: Console, *, lines: bool, as_json: bool) -> int:
@@ -777,31 +711,7 @@ def _job_exit(job: control_pb2.JobView) -> int:
 def _print_job(job: control_pb2.JobView) -> None:
     from fleetune.coordinator.jsonview import message_json
 
-    _print_json(message_json(job))
-
-
-def _print_json(document: dict[str, Json]) -> None:
-    _say(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _console(context: click.Context) -> Console:
-    from rich.console import Console
-
-    settings = context.find_object(Globals)
-    no_color = True if settings is not None and settings.no_color else None
-    terminal = sys.stdout.isatty()
-    width = None if terminal or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(no_color=no_color, highlight=False, width=width)
-
-
-def _now() -> float:
-    import time
-
-    return time.time()
+    print_json(message_json(job))
 
 
 # --- the edge of the process -----------------------------------------------------------------------------------------
@@ -858,7 +768,7 @@ def _show_complaints(error: ComplaintsError, as_json: bool) -> None:
         complaints: list[Json] = [
             {"path": item.path, "value": item.value, "allowed": item.allowed, "remedy": item.remedy} for item in error.complaints
         ]
-        _print_json({"valid": False, "complaints": complaints})
+        print_json({"valid": False, "complaints": complaints})
         return
     count = len(error.complaints)
     sys.stderr.write(f"fleetune: {error.subject} has {count} mistake{'' if count == 1 else 's'}\n")
@@ -870,7 +780,7 @@ def _show_complaints(error: ComplaintsError, as_json: bool) -> None:
 
 
 def _print_error(kind: str, message: str, remedy: str, code: ExitCode) -> None:
-    _print_json({"error": {"kind": kind, "message": message, "remedy": remedy, "exit_code": int(code)}})
+    print_json({"error": {"kind": kind, "message": message, "remedy": remedy, "exit_code": int(code)}})
 
 
 def _debug() -> None:

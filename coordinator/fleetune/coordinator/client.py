@@ -24,6 +24,7 @@ from fleetune.errors import DiskFullError, FleetuneError, UnreachableError, Wire
 from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc
 from fleetune.wire import channel as wire_channel
 from fleetune.wire import checksums, digests, frames
+from fleetune.wire.identity import Identity
 
 UNARY_DEADLINE_S = 10.0
 """Every unary call of the API is answered from memory or SQLite: longer means that nobody answers."""
@@ -44,6 +45,7 @@ ADAPTER_BYTES_MAX = 1 << 40
 _ENDED = frozenset({control_pb2.JOB_STATE_COMPLETED, control_pb2.JOB_STATE_FAILED, control_pb2.JOB_STATE_CANCELLED})
 
 Reply = TypeVar("Reply")
+Self = TypeVar("Self", bound="Client")
 
 
 def has_ended(job: control_pb2.JobView) -> bool:
@@ -65,15 +67,17 @@ class Exported:
 class Client:
     """One connection to a coordinator; used with `async with`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: Identity | None = None) -> None:
+        """ValueError for what is no address; ConfigError without an identity for any host but loopback."""
         wire_channel.split_address(address)
         self.address = address
-        self._channel = wire_channel.open_channel(address)
+        self._identity = identity
+        self._channel = wire_channel.open_channel(address, identity)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         # Bulk on a connection of its own, opened by the first download.
         self._blob_channel: grpc.aio.Channel | None = None
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self: Self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -270,7 +274,7 @@ class Client:
 
     async def _chunks(self, item: control_pb2.AdapterFile, offset: int) -> AsyncIterator[bytes | memoryview]:
         if self._blob_channel is None:
-            self._blob_channel = wire_channel.open_channel(self.address)
+            self._blob_channel = wire_channel.open_channel(self.address, self._identity)
         call = frames.download(self._blob_channel)(blob_pb2.DownloadRequest(digest=item.blob.digest, offset=offset))
         try:
             async for reply in call:
@@ -292,8 +296,32 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise self._meaning(error) from error
 
+    def _untrusted(self, why: str) -> UnreachableError:
+        if self._identity is None:
+            return UnreachableError(
+                f"what answers at {self.address} does not speak plaintext: a coordinator with TLS, or another program.",
+                "Leave out --plaintext, or check the port.",
+            )
+        if why == "certificate":
+            return UnreachableError(
+                f"what answers at {self.address} has no certificate from the authority of your identity.",
+                "Check the address; if the fleet's authority was made anew, join again with `fleetune join`.",
+            )
+        if why == "plaintext":
+            return UnreachableError(
+                f"what answers at {self.address} does not speak TLS: a coordinator with --plaintext, or another program.",
+                "Check the port, or give --plaintext for a coordinator on this machine.",
+            )
+        return UnreachableError(
+            f"the coordinator at {self.address} closed the connection when it saw the certificate of {self._identity.facts.name!r}: it is "
+            "from another authority, or over by the coordinator's clock.",
+            "Compare the clocks of both machines; another identity is named with --identity DIR.",
+        )
+
     def _meaning(self, error: grpc.aio.AioRpcError) -> FleetuneError:
         code, details = error.code(), (error.details() or "").strip()
+        if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and (why := _handshake_trouble(details)):
+            return self._untrusted(why)
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             return UnreachableError(
                 f"no coordinator answers at {self.address}.",
@@ -313,6 +341,15 @@ class Client:
                 f"the coordinator at {self.address} failed to answer: {_sentence(details or code.name)}", "Its log says more."
             )
         return RefusedError(_sentence(details or f"refused with {code.name}"))
+
+
+def _handshake_trouble(details: str) -> str:
+    """What gRPC tells of a connection that was made and then came to nothing; empty for one that was not made."""
+    if "WRONG_VERSION_NUMBER" in details:
+        return "plaintext"
+    if "CERTIFICATE_VERIFY_FAILED" in details or "erification" in details:
+        return "certificate"
+    return "closed" if any(word in details for word in ("Socket closed", "handshake", "Handshake", "Endpoint closing")) else ""
 
 
 def _tell(listener: Callable[[str], None] | None, text: str) -> None:

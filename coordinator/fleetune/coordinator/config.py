@@ -25,11 +25,42 @@ def _check_listen(text: str) -> str:
     return ""
 
 
+def _check_address(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        host, _ = channel.split_address(text)
+    except ValueError:
+        host = ""
+    return "" if host and not is_wildcard(host) else "HOST:PORT that devices can dial, for example 192.0.2.7:7433"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether this stands for every address of the machine."""
+    return host.strip("[]") in {"0.0.0.0", "::", "*"}  # compared, not listened on
+
+
+_TLS_PATHS = ("tls.roots", "tls.certificate", "tls.key")
+
 SETTINGS: tuple[Setting, ...] = (
     Setting("listen", Kind.TEXT, "127.0.0.1:7433", "Address on which agents and operators reach the coordinator.", check=_check_listen),
     Setting(
-        "insecure_listen", Kind.SWITCH, False, "Allow an address that other machines reach although nothing is encrypted or authenticated."
+        "join_listen",
+        Kind.TEXT,
+        "",
+        "Address on which those who have no certificate yet trade a token for one.",
+        check=lambda text: _check_listen(text) if text else "",
+        default_words="the host of `listen` with the next port",
     ),
+    Setting(
+        "address",
+        Kind.TEXT,
+        "",
+        "HOST:PORT that devices dial, for join lines.",
+        check=_check_address,
+        default_words="what `fleetune init` was told, else `listen` with this machine's outgoing address for a wildcard",
+    ),
+    Setting("plaintext", Kind.SWITCH, False, "No TLS and no certificates: whoever reaches the address may do everything. Loopback only."),
     Setting(
         "state_dir",
         Kind.PLACE,
@@ -63,7 +94,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "keep_rounds", Kind.INTEGER, 3, "Latest rounds whose adapters are kept, besides the best and the final one.", "rounds", 1, 100_000
     ),
+    Setting("certificate_days", Kind.INTEGER, 30, "How long certificates of devices and operators are good.", "days", 1, 397),
     Setting("drain_grace_s", Kind.NUMBER, 10.0, "At a stop, how long running uploads and folds may still take.", "seconds", 0, 3600),
+    Setting(
+        "tls.roots",
+        Kind.PLACE,
+        "",
+        "Bring-your-own CA: PEM of the roots that devices and operators come from.",
+        default_words="the fleet's own",
+    ),
+    Setting(
+        "tls.certificate", Kind.PLACE, "", "Bring-your-own CA: PEM of the coordinator's certificate and its chain.", default_words="none"
+    ),
+    Setting(
+        "tls.key", Kind.PLACE, "", "Bring-your-own CA: PEM of its key, unencrypted, readable by its owner alone.", default_words="none"
+    ),
     Setting("log.level", Kind.TEXT, "info", "How much is logged.", choices=("debug", "info", "warning", "error")),
     Setting(
         "log.format",
@@ -76,11 +121,24 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 @dataclass(frozen=True)
+class TlsFiles:
+    """What another authority made for this coordinator."""
+
+    roots: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
 class CoordinatorConfig:
     """Every setting of a coordinator. `file` is None where there was none; `unused_environment` holds variables that no setting has."""
 
     listen: str
-    insecure_listen: bool
+    join_listen: str
+    """Never empty."""
+    address: str
+    """Empty: as `fleetune init` was told, or else of `listen`."""
+    plaintext: bool
     state_dir: Path
     heartbeat_s: float
     lease_s: float
@@ -88,6 +146,9 @@ class CoordinatorConfig:
     uploads_at_once: int
     max_update_bytes: int
     keep_rounds: int
+    certificate_days: int
+    tls: TlsFiles | None
+    """Of another authority; None: the fleet has its own."""
     drain_grace_s: float
     log_level: str
     log_format: str
@@ -117,7 +178,9 @@ def load(
         raise ComplaintsError(str(path) if path is not None else "the coordinator's configuration", complaints)
     return CoordinatorConfig(
         listen=found.text("listen"),
-        insecure_listen=found.switch("insecure_listen"),
+        join_listen=found.text("join_listen") or _next_port(found.text("listen")),
+        address=found.text("address"),
+        plaintext=found.switch("plaintext"),
         state_dir=found.place("state_dir") or default_state_dir(environment, Path.home() if home is None else home),
         heartbeat_s=found.number("heartbeat_s"),
         lease_s=found.number("lease_s"),
@@ -125,6 +188,8 @@ def load(
         uploads_at_once=found.integer("uploads_at_once"),
         max_update_bytes=found.integer("max_update_mib") * 1024**2,
         keep_rounds=found.integer("keep_rounds"),
+        certificate_days=found.integer("certificate_days"),
+        tls=_tls_files(found),
         drain_grace_s=found.number("drain_grace_s"),
         log_level=found.text("log.level"),
         log_format=found.text("log.format"),
@@ -151,20 +216,37 @@ def default_state_dir(environment: Mapping[str, str], home: Path) -> Path:
     return (Path(of_person) if of_person.startswith("/") else home / ".local" / "state") / "fleetune"
 
 
+def _next_port(listen: str) -> str:
+    host, _, port = listen.rpartition(":")
+    return f"{host}:{int(port) + 1 if int(port) else 0}"
+
+
+def _tls_files(found: settings.Settings) -> TlsFiles | None:
+    roots, certificate, key = (found.place(name) for name in _TLS_PATHS)
+    return TlsFiles(roots, certificate, key) if roots and certificate and key else None
+
+
 def _rules(found: settings.Settings) -> list[Complaint]:
     complaints: list[Complaint] = []
     wrong = {complaint.path for complaint in found.complaints}
     listen = found.text("listen")
-    if "listen" not in wrong and not found.switch("insecure_listen") and not channel.is_loopback(listen.rpartition(":")[0]):
+    if "listen" not in wrong and found.switch("plaintext") and not channel.is_loopback(listen.rpartition(":")[0]):
         complaints.append(
             Complaint(
                 "listen",
                 f'"{listen}"',
-                "a loopback address such as 127.0.0.1:7433",
-                "Nothing is encrypted or authenticated yet: bind loopback and use a tunnel, or set insecure_listen "
-                "(--insecure-listen) in a network you trust.",
+                "with plaintext, a loopback address such as 127.0.0.1:7433",
+                "Leave plaintext out: `fleetune init` makes what TLS needs, in a second.",
             )
         )
+    given = [name for name in _TLS_PATHS if found.place(name) is not None]
+    if given and len(given) < len(_TLS_PATHS):
+        missing = [name for name in _TLS_PATHS if name not in given]
+        complaints.append(Complaint(given[0], "", "all three of " + ", ".join(_TLS_PATHS), f"Set {' and '.join(missing)}, too."))
+    if given and found.switch("plaintext"):
+        complaints.append(Complaint("plaintext", "true", "false where tls.* is set", "Leave out one of the two."))
+    if not found.text("join_listen") and listen.endswith(":65535") and "listen" not in wrong:
+        complaints.append(Complaint("listen", f'"{listen}"', "a port below 65535", "The next port is for joining; or set join_listen."))
     heartbeat_s, lease_s = found.number("heartbeat_s"), found.number("lease_s")
     if not wrong & {"heartbeat_s", "lease_s"} and lease_s < 2 * heartbeat_s:
         complaints.append(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator, Generator
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import grpc
 import grpc.aio
@@ -19,20 +19,26 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fleetune import allocator, logs
-from fleetune.coordinator import room
+from fleetune.coordinator import descriptors, entrance, room, statelock
+from fleetune.coordinator.certificates import Roster
 from fleetune.coordinator.config import CoordinatorConfig
+from fleetune.coordinator.entrance import Tls
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.registry import Registry, names_of
 from fleetune.coordinator.rounds.engine import Engine, Settings
 from fleetune.coordinator.rounds.host import ModelHost
+from fleetune.coordinator.rpc import join
 from fleetune.coordinator.rpc.blob import BlobService
 from fleetune.coordinator.rpc.control import ControlService
 from fleetune.coordinator.rpc.fleet import FleetService
+from fleetune.coordinator.rpc.gate import Gate
+from fleetune.coordinator.rpc.join import JoinService
+from fleetune.coordinator.rpc.registry import Entrance, RegistryService
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
-from fleetune.errors import ConfigError
-from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from fleetune.coordinator.store.identities import Kind
+from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc, fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
 from fleetune.wire import channel, frames
 
 log = logging.getLogger("fleetune.coordinator")
@@ -45,7 +51,12 @@ KEPT_MEMORY_BYTES = 32 << 20
 
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
-    for module, name in ((fleet_pb2, "FleetService"), (blob_pb2, "BlobService"), (control_pb2, "ControlService"))
+    for module, name in (
+        (fleet_pb2, "FleetService"),
+        (blob_pb2, "BlobService"),
+        (control_pb2, "ControlService"),
+        (registry_pb2, "RegistryService"),
+    )
 )
 
 _UPLOADS = blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name
@@ -55,8 +66,9 @@ def main(config: CoordinatorConfig) -> int:
     """Run until SIGTERM or SIGINT; the process's exit code. Raises FleetuneError for what a person must mend."""
     logs.configure(config.log_level, config.log_format)
     allocator.tune_for_chunks(KEPT_MEMORY_BYTES)
-    check_listen(config)
-    with _locked(config.state_dir):
+    descriptors.widen()
+    entrance.check(config)
+    with statelock.held(config.state_dir):
         try:
             import uvloop
         except ImportError:  # no wheel for this platform: asyncio's own loop is slower, not different
@@ -64,17 +76,20 @@ def main(config: CoordinatorConfig) -> int:
         return uvloop.run(_serve(config))
 
 
-def check_listen(config: CoordinatorConfig) -> None:
-    """Without TLS, an address that other machines reach needs the operator's word. Raises ConfigError."""
-    host = config.listen.rpartition(":")[0]
-    if channel.is_loopback(host):
-        return
-    if not config.insecure_listen:
-        raise ConfigError(
-            f"listen = {config.listen!r} can be reached from other machines, and nothing on it is encrypted or authenticated.",
-            "Listen on 127.0.0.1 and reach it through a tunnel, or say --insecure-listen if everybody on that network may use it.",
-        )
-    log.warning("listening on %s without encryption or authentication: whoever reaches it can use it and read along", config.listen)
+@dataclass(frozen=True)
+class Running:
+    """The open parts of a coordinator. `join_port` 0: nobody can join."""
+
+    server: grpc.aio.Server
+    engine: Engine
+    fleet: FleetService
+    blob_service: BlobService
+    health_service: health.aio.HealthServicer
+    roster: Roster
+    gate: Gate
+    tls: Tls | None
+    port: int
+    join_port: int
 
 
 async def _serve(config: CoordinatorConfig) -> int:
@@ -82,12 +97,22 @@ async def _serve(config: CoordinatorConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(config) as (server, engine, fleet, blob_service, health_service, port):
-        host = config.listen.rpartition(":")[0]
-        address = f"{host}:{port}"
-        _write_address(config.state_dir, address)
+    async with running(config) as open_:
+        engine, blob_service = open_.engine, open_.blob_service
+        address = _at(config.listen, open_.port)
         allocator.settle()
-        log.info("ready address=%s version=%s jobs=%d", address, _version(), len(engine.jobs))
+        if open_.join_port:
+            _write_address(config.state_dir, "join_address", _at(config.join_listen, open_.join_port))
+        # The last, since scripts wait for it.
+        _write_address(config.state_dir, "address", address)
+        log.info(
+            "ready address=%s join_port=%s tls=%s version=%s jobs=%d",
+            address,
+            open_.join_port or "none",
+            "no, plaintext" if open_.tls is None else "own authority" if open_.tls.authority is not None else "other authority",
+            _version(),
+            len(engine.jobs),
+        )
         writer = asyncio.create_task(engine.run(), name="engine")
         stopping = asyncio.create_task(stop.wait(), name="stop signal")
         try:
@@ -95,26 +120,26 @@ async def _serve(config: CoordinatorConfig) -> int:
             failed = writer.done()
             if failed and (error := writer.exception()) is not None:
                 log.critical("the engine failed; nothing that was acknowledged is lost, start again", exc_info=error)
-            await health_service.enter_graceful_shutdown()
-            fleet.drain("the coordinator stops")
+            await open_.health_service.enter_graceful_shutdown()
+            open_.fleet.drain("the coordinator stops")
             log.info("draining grace_s=%g uploads=%d", config.drain_grace_s, blob_service.receiving)
             await blob_service.idle(config.drain_grace_s if not failed else 0.0)
-            fleet.hang_up()
-            await server.stop(grace=min(1.0, config.drain_grace_s))
+            open_.fleet.hang_up()
+            await open_.server.stop(grace=min(1.0, config.drain_grace_s))
         finally:
             for task in (writer, stopping):
                 task.cancel()
             await asyncio.gather(writer, stopping, return_exceptions=True)
-            (config.state_dir / "address").unlink(missing_ok=True)
+            for name in ("address", "join_address"):
+                (config.state_dir / name).unlink(missing_ok=True)
     log.info("stopped")
     return 1 if failed else 0
 
 
 @contextlib.asynccontextmanager
-async def running(
-    config: CoordinatorConfig,
-) -> AsyncGenerator[tuple[grpc.aio.Server, Engine, FleetService, BlobService, health.aio.HealthServicer, int]]:
+async def running(config: CoordinatorConfig) -> AsyncGenerator[Running]:
     """Everything opened in order, and closed in the opposite one."""
+    tls = entrance.open_tls(config, time.time())
     database = Database(config.state_dir / "coordinator.sqlite")
     try:
         await database.open()
@@ -125,7 +150,9 @@ async def running(
         restored = await database.read(lambda connection: records.read_meta(connection, records.RESTORED_KEY))
         if restored is not None:
             log.warning("running from a restored state: %s; results of other epochs than %d are refused", restored, epoch)
-        registry = Registry(config.lease_s, dict(names_of((d.device_id, d.name) for d in devices)))
+        roster = Roster(database, tls.authority if tls is not None else None, config.certificate_days)
+        await roster.open()
+        registry = Registry(config.lease_s, dict(names_of((d.device_id, d.name) for d in devices)), quarantined=roster.quarantined)
         settings = Settings(config.state_dir, config.keep_rounds, config.parallel_jobs, absent_grace_s=config.lease_s)
         engine = Engine(settings, database, blobs, registry, ModelHost())
         try:
@@ -135,70 +162,94 @@ async def running(
             blob_service = BlobService(
                 engine, blobs, uploads_at_once=config.uploads_at_once, max_update_bytes=config.max_update_bytes, epoch=epoch
             )
-            server = grpc.aio.server(options=channel.server_options())
+            gate = Gate(roster.standing, plaintext=tls is None)
+            most = ("grpc.max_allowed_incoming_connections", descriptors.connections_max())
+            server = grpc.aio.server(interceptors=[gate], options=[*channel.server_options(), most])
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
             frames.add_to_server(blob_service, server)
-            control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(engine, fleet, registry, database, _version()), server)
+            control = ControlService(engine, fleet, registry, database, _version(), roster)
+            control_pb2_grpc.add_ControlServiceServicer_to_server(control, server)
+            ports: dict[str, int] = {"listen": 0, "join": 0}
+
+            def at_the_door() -> Entrance:
+                stored, root = (tls.address, tls.server_root) if tls is not None else ("", "")
+                return Entrance(entrance.dialled(config, stored, ports["listen"]), ports["join"], root)
+
+            registry_service = RegistryService(roster, gate, at_the_door, engine.availability_changed)
+            registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry_service, server)
             health_service = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
             reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-            port = _bind(server, config.listen)
+            ports["listen"] = _bind(server, config.listen, tls, mutual=True)
+            joining = _joining(config, tls, roster, registry, gate)
+            ports["join"] = _bind(joining, config.join_listen, tls, mutual=False) if joining is not None else 0
             await server.start()
+            if joining is not None:
+                await joining.start()
             for name in ("", *_SERVICES):
                 await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
-            looking = asyncio.create_task(room.watch(engine, blobs, health_service, _UPLOADS), name="room on the disk")
+            watching = [asyncio.create_task(room.watch(engine, blobs, health_service, _UPLOADS), name="room on the disk")]
+            if tls is not None:
+                watching.append(asyncio.create_task(entrance.follow(tls, roster, fleet), name="TLS files"))
             try:
-                yield server, engine, fleet, blob_service, health_service, port
+                yield Running(server, engine, fleet, blob_service, health_service, roster, gate, tls, ports["listen"], ports["join"])
             finally:
-                looking.cancel()
-                await asyncio.gather(looking, return_exceptions=True)
+                for task in watching:
+                    task.cancel()
+                await asyncio.gather(*watching, return_exceptions=True)
+                if joining is not None:
+                    await joining.stop(grace=0)
                 await server.stop(grace=0)
                 blob_service.close()
         finally:
             await engine.close()
+            await roster.close()
     finally:
         await database.close()
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> int:
+def _joining(config: CoordinatorConfig, tls: Tls | None, roster: Roster, registry: Registry, gate: Gate) -> grpc.aio.Server | None:
+    """The small server for those who have no certificate yet; None where nobody can get one here."""
+    if tls is None or tls.authority is None:
+        return None
+
+    def joined(name: str, device_id: str) -> None:
+        for known in [known for known, holder in registry.names.items() if holder == device_id and known != name]:
+            del registry.names[known]
+        registry.names[name] = device_id
+
+    server = grpc.aio.server(options=join.options(), maximum_concurrent_rpcs=join.CALLS_MAX)
+    service = JoinService(roster, on_replaced=lambda kind, name: _cut(gate, kind, name), on_joined=joined)
+    registry_pb2_grpc.add_JoinServiceServicer_to_server(service, server)
+    return server
+
+
+def _cut(gate: Gate, kind: Kind, name: str) -> None:
+    gate.cut(kind, name, "another machine has taken over this name")
+
+
+def _bind(server: grpc.aio.Server, listen: str, tls: Tls | None, *, mutual: bool) -> int:
     try:
-        return server.add_insecure_port(listen)
+        return (
+            server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, tls.handshakes.credentials(mutual=mutual))
+        )
     except RuntimeError as error:
+        option = "--listen" if mutual else "--join-listen"
         raise MachineError(
             f"the address {listen} cannot be listened on: it is taken, or not one of this machine's.",
-            "Stop what uses it, or choose another with --listen (port 0 takes any free one).",
+            f"Stop what uses it, or choose another with {option} (port 0 takes any free one).",
         ) from error
 
 
-@contextlib.contextmanager
-def _locked(state_dir: Path) -> Generator[IO[str]]:
-    """One coordinator per state_dir: the lock ends with the process, however it ends."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (state_dir / "lock").open("a+", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"state_dir {state_dir} cannot be used: {error.strerror}.", "Name another with --state-dir.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise MachineError(
-                f"state_dir {state_dir} is in use by another coordinator (process {owner}).",
-                "Stop that one, or name another with --state-dir.",
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield file
+def _at(listen: str, port: int) -> str:
+    return f"{listen.rpartition(':')[0]}:{port}"
 
 
-def _write_address(state_dir: Path, address: str) -> None:
+def _write_address(state_dir: Path, name: str, address: str) -> None:
     """Tell scripts where the coordinator listens once it is ready (port 0 lets the system choose)."""
-    aside = state_dir / ".address"
+    aside = state_dir / f".{name}"
     aside.write_text(address + "\n", encoding="ascii")
-    os.replace(aside, state_dir / "address")
+    os.replace(aside, state_dir / name)
 
 
 def _version() -> str:

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     REFUSED = 7
     MACHINE = 8
     UNSOUND = 9
+    INFEASIBLE = 10
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -33,6 +34,7 @@ MEANINGS: dict[ExitCode, str] = {
     ExitCode.REFUSED: "refused by the coordinator",
     ExitCode.MACHINE: "this machine cannot do it: port taken, disk full, a package or model missing",
     ExitCode.UNSOUND: "what was checked is not sound",
+    ExitCode.INFEASIBLE: "no plan covers every block: the best cover was printed",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C)",
     ExitCode.TERMINATED: "terminated (SIGTERM)",
 }

@@ -12,6 +12,10 @@ from rich.text import Text
 from fleetune.coordinator.figures import bytes_text, duration_text, metric_text
 from fleetune.coordinator.watch import best_round, metric_of, state_style, state_word
 from fleetune.v1 import control_pb2 as pb
+from fleetune.v1 import registry_pb2
+
+CERTIFICATE_COLUMNS = 130
+"""Below it, how long a certificate is good gives way to what the device does; `--json` tells it always."""
 
 
 def jobs(found: Sequence[pb.JobView], *, now_unix_s: float) -> RenderableType:
@@ -43,6 +47,7 @@ def devices(found: Sequence[pb.DeviceView], *, now_unix_s: float, width: int) ->
     wide = width >= 100
     heads = ["device", "state", "cores", "memory", "accelerator", "temp", "done", "failed"]
     heads += ["board", "data", "tags"] if wide else []
+    heads += ["certificate"] if wide and width >= CERTIFICATE_COLUMNS else []
     table = _table(*heads, "seen")
     for device in sorted(found, key=lambda item: (not item.online, item.name)):
         profile, telemetry = device.profile, device.telemetry
@@ -53,13 +58,31 @@ def devices(found: Sequence[pb.DeviceView], *, now_unix_s: float, width: int) ->
         cells.append(f"{telemetry.temperature_c:.0f} °C" if telemetry.HasField("temperature_c") else "-")
         cells += [str(device.updates_accepted), str(device.failures) if device.failures else "-"]
         if wide:
-            cells += [profile.board or profile.machine or "-", ", ".join(device.data_names) or "-", ", ".join(device.tags) or "-"]
+            cells += [profile.board or profile.machine or "-", ", ".join(_data_words(device)) or "-", ", ".join(device.tags) or "-"]
+            cells += [_until(device.certificate_until_unix_s, now_unix_s)] if width >= CERTIFICATE_COLUMNS else []
         seen = "now" if device.online else f"{duration_text(max(0.0, now_unix_s - device.last_seen_unix_s))} ago"
         table.add_row(*cells, seen if device.last_seen_unix_s or device.online else "never")
     return table
 
 
+def _data_words(device: pb.DeviceView) -> list[str]:
+    """Its data names, and of each what it lacks; a coordinator from before the two lists tells neither."""
+    told = bool(device.train_data_names or device.validation_data_names)
+    words: list[str] = []
+    for name in device.data_names:
+        if told and name not in device.train_data_names:
+            name += " (validation only)"
+        elif told and name not in device.validation_data_names:
+            name += " (train only)"
+        words.append(name)
+    return words
+
+
 def _device_state(device: pb.DeviceView) -> Text:
+    if device.revoked:
+        return Text("revoked", style="red")
+    if device.quarantine:
+        return Text("in quarantine", style="red")
     if not device.online:
         return Text("offline", style="yellow")
     if device.task_id:
@@ -67,6 +90,44 @@ def _device_state(device: pb.DeviceView) -> Text:
     if not device.availability.accepts_tasks:
         return Text(f"not now: {device.availability.reason}" if device.availability.reason else "not now", style="yellow")
     return Text("ready", style="green")
+
+
+def _until(unix_s: float, now_unix_s: float) -> str | Text:
+    """How long something is still good."""
+    if not unix_s:
+        return "-"
+    left_s = unix_s - now_unix_s
+    return Text("ended", style="red") if left_s <= 0 else f"{duration_text(left_s)} left"
+
+
+def tokens(found: Sequence[registry_pb2.TokenView], *, now_unix_s: float) -> RenderableType:
+    """One row a token, in the order given."""
+    table = _table("id", "for", "name", "uses left", "state", "made", "by")
+    for token in found:
+        kind = "devices" if token.kind == registry_pb2.IDENTITY_KIND_AGENT else f"operators, {_role_word(token.role)}"
+        state: str | Text = _until(token.expires_unix_s, now_unix_s)
+        if token.revoked:
+            state = Text("revoked", style="red")
+        elif not token.uses_left:
+            state = Text("used up", style="yellow")
+        name = (token.name or "any") + (", replaces" if token.replace else "")
+        age = f"{duration_text(max(0.0, now_unix_s - token.created_unix_s))} ago"
+        table.add_row(token.token_id, kind, name, str(token.uses_left), state, age, token.creator)
+    return table
+
+
+def operators(found: Sequence[registry_pb2.CertificateView], *, now_unix_s: float) -> RenderableType:
+    """One row an operator: its newest certificate."""
+    table = _table("operator", "role", "certificate", "since")
+    for view in found:
+        state: str | Text = Text("revoked", style="red") if view.revoked_unix_s else _until(view.not_after_unix_s, now_unix_s)
+        since = time.strftime("%Y-%m-%d", time.gmtime(view.not_before_unix_s))
+        table.add_row(view.name, _role_word(view.role), state, since)
+    return table
+
+
+def _role_word(role: registry_pb2.Role.ValueType) -> str:
+    return {registry_pb2.ROLE_VIEW: "view", registry_pb2.ROLE_OPERATE: "operate", registry_pb2.ROLE_ADMIN: "admin"}.get(role, "-")
 
 
 def log_lines(lines: Sequence[pb.LogLine]) -> Text:

@@ -26,6 +26,10 @@ class Greeting:
     instance_id: str
     tags: frozenset[str] = frozenset()
     data_names: frozenset[str] = frozenset()
+    train_data_names: frozenset[str] = frozenset()
+    """Of `data_names`, those with rows to train on."""
+    validation_data_names: frozenset[str] = frozenset()
+    """Of `data_names`, those with rows to measure on."""
     methods: frozenset[str] = frozenset()
     accepts_tasks: bool = True
     reason: str = ""
@@ -70,6 +74,8 @@ class Registry:
     lease_s: float
     names: dict[str, str] = field(default_factory=dict[str, str])
     """Device name -> device id, of every device ever seen."""
+    quarantined: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Device id -> why it gets no tasks. Written by the roster, when an operator says so; a session changes nothing of it."""
     sessions: dict[str, Session] = field(default_factory=dict[str, Session])
     _next_session: int = 1
 
@@ -123,18 +129,26 @@ class Registry:
     def candidates(self, needs: Needs, busy: Collection[str], now_s: float) -> tuple[Candidate, ...]:
         """Devices that are connected, willing, free and able to do `needs`."""
         return tuple(
-            Candidate(s.greeting.device_id, s.greeting.name)
+            Candidate(s.greeting.device_id, s.greeting.name, trains(s.greeting, needs), evaluates(s.greeting, needs))
             for s in self.sessions.values()
-            if s.accepts_tasks and s.not_before_s <= now_s and s.greeting.device_id not in busy and not lacks(s.greeting, needs)
+            if s.accepts_tasks
+            and s.not_before_s <= now_s
+            and s.greeting.device_id not in busy
+            and s.greeting.device_id not in self.quarantined
+            and not lacks(s.greeting, needs)
         )
 
     def explain(self, needs: Needs, busy: Collection[str], now_s: float) -> dict[str, str]:
-        """Device name -> why it may not take the job's task now."""
+        """Device name -> why it may not take the job's train task now."""
         reasons: dict[str, str] = {}
         for session in self.sessions.values():
             greeting = session.greeting
-            if missing := lacks(greeting, needs):
+            if greeting.device_id in self.quarantined:
+                reasons[greeting.name] = f"in quarantine: {self.quarantined[greeting.device_id]}"
+            elif missing := lacks(greeting, needs):
                 reasons[greeting.name] = missing
+            elif not trains(greeting, needs):
+                reasons[greeting.name] = f"it has only validation rows of {needs.data_name!r}"
             elif not session.accepts_tasks or session.not_before_s > now_s:
                 reasons[greeting.name] = session.reason or "its owner's limits forbid it now"
             elif greeting.device_id in busy:
@@ -151,6 +165,16 @@ def lacks(greeting: Greeting, needs: Needs) -> str:
     if missing := needs.tags - greeting.tags:
         return "it lacks the tag " + ", ".join(sorted(missing))
     return ""
+
+
+def trains(greeting: Greeting, needs: Needs) -> bool:
+    """Whether the device has what to train on."""
+    return not needs.data_name or needs.data_name in greeting.train_data_names
+
+
+def evaluates(greeting: Greeting, needs: Needs) -> bool:
+    """Whether the device has what to measure on."""
+    return not needs.data_name or needs.data_name in greeting.validation_data_names
 
 
 def names_of(devices: Iterable[tuple[str, str]]) -> Mapping[str, str]:

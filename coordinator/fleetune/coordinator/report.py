@@ -42,7 +42,7 @@ class DeviceShare:
 
 
 def device_shares(job: pb.JobView) -> list[DeviceShare]:
-    """Each device's part in the committed rounds, the largest first."""
+    """Each device's part in the committed rounds that tell their tasks (`tasks_since_round`), the largest first."""
     asked: Counter[str] = Counter()
     samples: Counter[str] = Counter()
     ends: dict[str, Counter[int]] = {}
@@ -99,6 +99,9 @@ def report(job: pb.JobView, *, now_unix_s: float, width: int) -> RenderableType:
     shares = device_shares(job)
     if shares:
         parts += [Text(), _shares_table(shares)]
+    if job.tasks_since_round:
+        note = f"what each device did is told from round {job.tasks_since_round} on; the job has more rounds than an answer holds in full"
+        parts += [Text(note, style="dim")]
     problems = [(item.round, text) for item in job.history for task in item.tasks if (text := problem_text(task))]
     if problems:
         parts += [Text(), Text(f"{count_text(len(problems), 'device task')} without a result", style="bold")]

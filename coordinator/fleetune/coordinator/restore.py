@@ -154,8 +154,9 @@ def _hear_more(on_bytes: OnBytes, before: int, total: int, done: int) -> None:
 
 
 def _write(reading: IO[bytes], folder: Path, wanted: File, source: Path, hear: Callable[[int], None]) -> None:
-    # Built from the digest, which was checked; never from a name in the archive.
-    path = folder / DATABASE if wanted.name == DATABASE else folder / archive.BLOBS / wanted.digest
+    # The manifest's names are those that a backup has, each compared with a list; a blob's is built from its digest.
+    path = folder / archive.BLOBS / wanted.digest if wanted.name.startswith(archive.BLOBS) else folder / wanted.name
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     digest = digests.running()
     with path.open("xb") as writing:
         while data := reading.read(READ_BYTES):
@@ -166,7 +167,7 @@ def _write(reading: IO[bytes], folder: Path, wanted: File, source: Path, hear: C
         os.fsync(writing.fileno())
     if digest.hexdigest() != wanted.digest:
         raise archive.damaged(source, f"the bytes of its {wanted.name} do not have the digest that its {MANIFEST} tells")
-    path.chmod(0o600 if wanted.name == DATABASE else BLOB_MODE)
+    path.chmod(BLOB_MODE if wanted.name.startswith(archive.BLOBS) else 0o600)
 
 
 def _check_room(folder: Path, manifest: Manifest) -> None:
@@ -179,13 +180,14 @@ def _check_room(folder: Path, manifest: Manifest) -> None:
 
 def _fence(database: Path, manifest: Manifest, epoch: int, now: float) -> None:
     """Give the database its new epoch; its jobs' leases go on where the lost future cannot have been."""
+    lost = f"{manifest.made_unix_s:.0f} {now:.0f}"
     words = f"backup of {_clock(manifest.made_unix_s)}, restored {_clock(now)}"
     try:
         with contextlib.closing(copies.connect(database)) as connection:
             if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its pages do not fit together")
             with connection:
-                for key, value in ((records.EPOCH_KEY, str(epoch)), (records.RESTORED_KEY, words)):
+                for key, value in ((records.EPOCH_KEY, str(epoch)), (records.RESTORED_KEY, words), (records.LOST_KEY, lost)):
                     connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
                 for job_id, text in connection.execute("SELECT job_id, machine FROM jobs").fetchall():
                     connection.execute("UPDATE jobs SET machine = ? WHERE job_id = ?", (_with_lease(str(text), epoch), job_id))
@@ -208,6 +210,8 @@ def _clock(unix_s: float) -> str:
 def _sync_all(folder: Path) -> None:
     copies.sync(folder / DATABASE)
     copies.sync(folder / archive.BLOBS)
+    if (folder / archive.TLS).is_dir():
+        copies.sync(folder / archive.TLS)
     copies.sync(folder)
 
 

@@ -410,6 +410,7 @@ class JobView(_message.Message):
     ADAPTER_FOLDER_FIELD_NUMBER: _builtins.int
     JOB_TOML_FIELD_NUMBER: _builtins.int
     DEVICES_MINIMUM_FIELD_NUMBER: _builtins.int
+    TASKS_SINCE_ROUND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     state: Global___JobState.ValueType
@@ -434,11 +435,15 @@ class JobView(_message.Message):
     """Folder on the coordinator's machine where the latest adapter lies; empty before the first round."""
     job_toml: _builtins.str
     devices_minimum: _builtins.int
+    tasks_since_round: _builtins.int
+    """Rounds of `history` before this one come without their tasks, for which the answer has no room; 0: none does."""
     @_builtins.property
     def current(self) -> Global___RoundView: ...
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundView]:
-        """Committed rounds, oldest first; only in GetJob and the last WatchJob response."""
+        """Committed rounds, oldest first. All in GetJob and the last WatchJob response, as far as they fit: older rounds come without their
+        tasks, and the oldest not at all. Other WatchJob responses hold the rounds committed since the one before, none in ListJobs.
+        """
 
     @_builtins.property
     def initial_metrics(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.Metric]:
@@ -476,10 +481,11 @@ class JobView(_message.Message):
         adapter_folder: _builtins.str = ...,
         job_toml: _builtins.str = ...,
         devices_minimum: _builtins.int = ...,
+        tasks_since_round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "current", b"current", "failure", b"failure", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "tasks_since_round", b"tasks_since_round", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_s: _TypeAlias = _typing.Literal["remaining_s"]  # noqa: Y015
     _WhichOneofArgType__remaining_s: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s"]  # noqa: Y015
@@ -740,6 +746,11 @@ class DeviceView(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    TRAIN_DATA_NAMES_FIELD_NUMBER: _builtins.int
+    VALIDATION_DATA_NAMES_FIELD_NUMBER: _builtins.int
+    QUARANTINE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     online: _builtins.bool
@@ -751,6 +762,12 @@ class DeviceView(_message.Message):
     failures: _builtins.int
     last_failure: _builtins.str
     address: _builtins.str
+    quarantine: _builtins.str
+    """Why it gets no tasks until an operator releases it; empty: it is not in quarantine."""
+    certificate_until_unix_s: _builtins.float
+    """When its newest certificate ends; 0: it has none."""
+    revoked: _builtins.bool
+    """None of its certificates is taken any more."""
     @_builtins.property
     def availability(self) -> _fleet_pb2.Availability: ...
     @_builtins.property
@@ -761,6 +778,12 @@ class DeviceView(_message.Message):
     def telemetry(self) -> _fleet_pb2.Heartbeat: ...
     @_builtins.property
     def data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def train_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of `data_names`, those with rows to train on and those with rows to measure on."""
+
+    @_builtins.property
+    def validation_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -779,10 +802,15 @@ class DeviceView(_message.Message):
         failures: _builtins.int = ...,
         last_failure: _builtins.str = ...,
         address: _builtins.str = ...,
+        train_data_names: _abc.Iterable[_builtins.str] | None = ...,
+        validation_data_names: _abc.Iterable[_builtins.str] | None = ...,
+        quarantine: _builtins.str = ...,
+        certificate_until_unix_s: _builtins.float = ...,
+        revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "profile", b"profile", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "name", b"name", "online", b"online", "profile", b"profile", "tags", b"tags", "task_id", b"task_id", "telemetry", b"telemetry", "updates_accepted", b"updates_accepted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "certificate_until_unix_s", b"certificate_until_unix_s", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "name", b"name", "online", b"online", "profile", b"profile", "quarantine", b"quarantine", "revoked", b"revoked", "tags", b"tags", "task_id", b"task_id", "telemetry", b"telemetry", "train_data_names", b"train_data_names", "updates_accepted", b"updates_accepted", "validation_data_names", b"validation_data_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

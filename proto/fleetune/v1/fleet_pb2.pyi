@@ -152,6 +152,7 @@ class SessionResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     HEARTBEAT_REPLY_FIELD_NUMBER: _builtins.int
+    RENEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -166,6 +167,8 @@ class SessionResponse(_message.Message):
     def draining(self) -> Global___Draining: ...
     @_builtins.property
     def heartbeat_reply(self) -> Global___HeartbeatReply: ...
+    @_builtins.property
+    def renew(self) -> Global___RenewCertificate: ...
     def __init__(
         self,
         *,
@@ -176,12 +179,13 @@ class SessionResponse(_message.Message):
         receipt: _messages_pb2.Receipt | None = ...,
         draining: Global___Draining | None = ...,
         heartbeat_reply: Global___HeartbeatReply | None = ...,
+        renew: Global___RenewCertificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refusal", "task", "cancel", "receipt", "draining", "heartbeat_reply"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refusal", "task", "cancel", "receipt", "draining", "heartbeat_reply", "renew"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -205,6 +209,8 @@ class Hello(_message.Message):
     METHODS_FIELD_NUMBER: _builtins.int
     AVAILABILITY_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TRAIN_DATA_NAMES_FIELD_NUMBER: _builtins.int
+    VALIDATION_DATA_NAMES_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     """Must equal the coordinator's; a different one is refused by number."""
     protocol_minor: _builtins.int
@@ -234,6 +240,14 @@ class Hello(_message.Message):
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldTask]:
         """What the agent still has of earlier tasks, so that both sides agree after a cut."""
 
+    @_builtins.property
+    def train_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of `data_names`, those with rows to train on, and those with rows to measure on. Since minor 1; where both are empty, an older agent
+        does not tell, and each of its data names is taken for both.
+        """
+
+    @_builtins.property
+    def validation_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -249,10 +263,12 @@ class Hello(_message.Message):
         methods: _abc.Iterable[_builtins.str] | None = ...,
         availability: Global___Availability | None = ...,
         held: _abc.Iterable[Global___HeldTask] | None = ...,
+        train_data_names: _abc.Iterable[_builtins.str] | None = ...,
+        validation_data_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "availability", b"availability", "data_names", b"data_names", "device_id", b"device_id", "device_name", b"device_name", "held", b"held", "instance_id", b"instance_id", "methods", b"methods", "profile", b"profile", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "availability", b"availability", "data_names", b"data_names", "device_id", b"device_id", "device_name", b"device_name", "held", b"held", "instance_id", b"instance_id", "methods", b"methods", "profile", b"profile", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "tags", b"tags", "train_data_names", b"train_data_names", "validation_data_names", b"validation_data_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -695,3 +711,20 @@ class Draining(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Draining: _TypeAlias = Draining  # noqa: Y015
+
+@_typing.final
+class RenewCertificate(_message.Message):
+    """The agent's certificate should be renewed now: the fleet's authority is changing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificate: _TypeAlias = RenewCertificate  # noqa: Y015

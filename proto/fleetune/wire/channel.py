@@ -8,8 +8,18 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 
+from fleetune.errors import ConfigError
+from fleetune.wire.identity import Identity
+
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 0
+PROTOCOL_MINOR = 1
+"""What a minor version adds, an older peer leaves unset, and it is taken as it was before.
+
+1: Hello tells rows to train on and rows to measure on apart (before: a data name has both); tasks held, outcomes and questions about
+   uploads tell their epoch (before: the present one); a watch tells each round once it is committed (before: whoever watches asks).
+
+Blobs are addressed by BLAKE3 in every numbered version; with other digests no task could be done, so that would be another major.
+"""
 
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """A chunk is at most 1 MiB and a control message far less: whatever is larger is a mistake or an attack."""
@@ -28,6 +38,8 @@ KEEPALIVE_S = 10.0
 PING_TIMEOUT_S = 5.0
 """In grpcio 1.85 only `http2.ping_timeout_ms` notices a frozen peer; keepalive_timeout alone waits a minute."""
 
+HANDSHAKE_S = 10.0
+
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 5.0
 
@@ -44,6 +56,8 @@ def server_options() -> list[Option]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", 100),
         ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
+        # A connection that does not finish its handshake holds a descriptor for no longer than this.
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
         # Two coordinators on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
     ]
@@ -65,9 +79,23 @@ def channel_options() -> list[Option]:
     ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A plaintext channel to `address` ("host:port"); the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=channel_options())
+def open_channel(address: str, identity: Identity | None = None) -> grpc.aio.Channel:
+    """A channel to `address` ("host:port") with mutual TLS as `identity`; the caller closes it.
+
+    None: plaintext, which ConfigError refuses to any host but loopback.
+    """
+    options = channel_options()
+    if identity is None:
+        if not is_loopback(address.rpartition(":")[0]):
+            raise ConfigError(
+                f"{address} is not this machine, and without an identity nothing on the way there would be encrypted.",
+                "Join the fleet first; plaintext is for 127.0.0.1 alone.",
+            )
+        return grpc.aio.insecure_channel(address, options=options)
+    if identity.facts.server_name:
+        options.append(("grpc.ssl_target_name_override", identity.facts.server_name))
+    credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def is_loopback(host: str) -> bool:

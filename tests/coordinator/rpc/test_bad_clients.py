@@ -17,13 +17,13 @@ import pytest
 import pytest_asyncio
 from blake3 import blake3
 
-from fleetune.coordinator.rounds.engine import SAMPLES_MAX
+from fleetune.coordinator.rounds.admission import SAMPLES_MAX
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rpc import fleet as fleet_module
 from fleetune.coordinator.store import records
 from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, fleet_pb2_grpc, messages_pb2
 from fleetune.wire import channel, codec
-from support.coordinating import Coordinator, coordinating, echo_job
+from support.coordinating import Coordinator, committed, coordinating, echo_job
 from support.echo_agent import ANSWER_S, EchoAgent, chunks, echoed
 
 Status = grpc.StatusCode
@@ -129,8 +129,8 @@ async def test_another_protocol_is_refused_by_number(coordinator: Coordinator) -
     async with agent:
         assert agent.refusal is not None
         assert agent.refusal.kind == fleet_pb2.REFUSAL_KIND_PROTOCOL
-        assert "7.0" in agent.refusal.message
-        assert "1.0" in agent.refusal.message
+        assert f"7.{channel.PROTOCOL_MINOR}" in agent.refusal.message
+        assert f"{channel.PROTOCOL_MAJOR}.{channel.PROTOCOL_MINOR}" in agent.refusal.message
         assert agent.refusal.retry_after_s == 0
 
 
@@ -140,6 +140,19 @@ async def test_a_newer_minor_version_is_welcome(coordinator: Coordinator) -> Non
     async with agent:
         assert agent.welcome is not None
         assert agent.welcome.protocol_minor == channel.PROTOCOL_MINOR
+
+
+async def test_an_agent_of_minor_0_is_welcome_and_works(coordinator: Coordinator) -> None:
+    agent = EchoAgent(coordinator.address, "a", data_names=["intents"])
+    agent.hello.protocol_minor = 0
+    async with agent:
+        agent.serve()
+        assert agent.welcome is not None
+        assert agent.welcome.protocol_minor == 0
+        job = await coordinator.ended(await coordinator.submit(echo_job(rounds=2), evaluated=True))
+        assert job.machine.status == "completed"
+        session = coordinator.engine.registry.sessions[agent.device_id]
+        assert session.greeting.train_data_names == session.greeting.validation_data_names == {"intents"}
 
 
 STRANGE_WORDS: list[tuple[str, object]] = [
@@ -155,6 +168,8 @@ STRANGE_WORDS: list[tuple[str, object]] = [
     ("tags", ["x"] * 1001),
     ("tags", ["\x1b[31mred"]),
     ("data_names", ["x" * 201]),
+    ("train_data_names", ["x"] * 1001),
+    ("validation_data_names", ["two\nlines"]),
 ]
 
 
@@ -459,7 +474,7 @@ async def test_the_same_update_twice_counts_once(coordinator: Coordinator, opene
     assert "received before" in other.reason
     await opened.b.answer(await opened.b.next_task())
     await coordinator.ended(opened.job)
-    assert [task.update.samples for task in opened.job.history[0].trained() if task.update] == [1, 1]
+    assert [task.update.samples for task in committed(opened.job, 1).trained() if task.update] == [1, 1]
     assert (await opened.a.upload(opened.task, opened.data)).status == DUPLICATE, "also when the round is long over"
 
 

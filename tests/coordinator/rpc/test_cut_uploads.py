@@ -11,10 +11,11 @@ import grpc.aio
 import pytest
 
 from fleetune.coordinator.rounds import machine
-from fleetune.coordinator.rounds.engine import Engine, Receipt
+from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rounds.orders import Receipt
 from fleetune.coordinator.store.db import Database
-from support.coordinating import WAIT_S, coordinating, echo_job
+from support.coordinating import WAIT_S, committed, coordinating, echo_job
 from support.echo_agent import EchoAgent
 
 
@@ -67,4 +68,4 @@ async def test_an_update_that_is_accepted_after_its_device_was_cut_off_keeps_its
             await coordinator.ended(job)
 
     assert job.machine.status == "completed", job.machine.message
-    assert [task.device_name for task in job.history[0].trained()] == ["a", "b"]
+    assert [task.device_name for task in committed(job, 1).trained()] == ["a", "b"]

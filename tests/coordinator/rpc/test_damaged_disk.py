@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -13,13 +14,15 @@ import grpc.aio
 import pytest
 
 from fleetune.coordinator import daemon
-from fleetune.coordinator.domain import Blob
-from fleetune.coordinator.rounds import adapter, aggregate, damage, engine
+from fleetune.coordinator.domain import Blob, Evaluation, Failure
+from fleetune.coordinator.rounds import adapter, aggregate, damage, inspection
+from fleetune.coordinator.rounds.host import HostError
+from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DurabilityError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import digests
-from support.coordinating import WAIT_S, Coordinator, coordinating, echo_job, settings
+from support.coordinating import WAIT_S, Coordinator, committed, coordinating, echo_job, settings
 from support.echo_agent import EchoAgent
 from support.spoil import KINDS, Kind, spoil
 
@@ -27,7 +30,7 @@ from support.spoil import KINDS, Kind, spoil
 @pytest.fixture(autouse=True)
 def rechecked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if everything had lain on the disk for long."""
-    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 0.0)
+    monkeypatch.setattr(inspection, "RECHECK_AFTER_S", 0.0)
 
 
 async def test_what_was_just_written_is_not_read_again_before_it_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +42,10 @@ async def test_what_was_just_written_is_not_read_again_before_it_is_folded(tmp_p
         return is_whole(blobs, blob)
 
     monkeypatch.setattr(damage, "is_whole", noted)
-    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 60.0)
+    monkeypatch.setattr(inspection, "RECHECK_AFTER_S", 60.0)
     await _undisturbed(tmp_path / "young", 2)
     assert read == []
-    monkeypatch.setattr(engine, "RECHECK_AFTER_S", 0.0)
+    monkeypatch.setattr(inspection, "RECHECK_AFTER_S", 0.0)
     await _undisturbed(tmp_path / "old", 2)
     assert len(read) >= 6  # two updates and the state in each round
 
@@ -52,7 +55,7 @@ async def _undisturbed(tmp_path: Path, rounds: int) -> str:
         a.serve()
         b.serve()
         job = await c.ended(await c.submit(echo_job(rounds=rounds, minimum=2)))
-        state = job.history[-1].state
+        state = committed(job, job.machine.committed).state
         assert state is not None
         return state.digest
 
@@ -74,7 +77,7 @@ async def test_a_damaged_update_is_made_again_and_never_folded(tmp_path: Path, c
         receipt = await a.upload(again, await a.trained(again))
         assert receipt.status == messages_pb2.RECEIPT_STATUS_ACCEPTED
         await c.ended(job)
-        state = job.history[0].state
+        state = committed(job, 1).state
         assert state is not None
         assert state.digest == expected
     assert "update damaged on disk" in caplog.text
@@ -165,6 +168,98 @@ async def test_a_device_that_could_not_use_what_it_fetched_makes_the_coordinator
         assert "serving files failed" in job.machine.message
 
 
+async def _in_evaluation(c: Coordinator, a: EchoAgent, b: EchoAgent) -> tuple[LiveJob, messages_pb2.Task]:
+    """A job in the evaluation of its only round, and the task of `a` to measure it."""
+    job = await c.submit(echo_job(rounds=1, minimum=2), evaluated=True)
+    for agent in (a, b):
+        task = await agent.next_task()
+        await agent.upload(task, await agent.trained(task))
+    task = await a.next_task()
+    assert task.kind == messages_pb2.TASK_KIND_EVALUATE
+    await b.next_task()
+    return job, task
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_new_state_that_a_device_finds_damaged_is_folded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind
+) -> None:
+    expected = await _undisturbed(tmp_path / "undisturbed", 1)
+    async with coordinating(tmp_path / "s") as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        job, task = await _in_evaluation(c, a, b)
+        assert task.state.digest == expected
+        spoil(c.engine.blobs.path(expected), kind)
+        told = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_TRANSFER, stage="fetch", message="another digest")
+        await a.say(outcome=fleet_pb2.TaskOutcome(task_id=task.task_id, lease=task.lease, epoch=1, failure=told))
+        again = await a.next_task()
+        assert (again.task_id, again.state.digest) == (task.task_id, expected)
+        assert again.lease > task.lease
+        assert digests.of_file(c.engine.blobs.path(expected)) == expected
+        await a.answer(again)
+        b.serve()
+        await c.ended(job)
+        assert job.machine.status == "completed", job.machine.message
+        assert committed(job, 1).metrics
+    assert "folded once more" in caplog.text
+
+
+async def test_a_new_state_damaged_while_the_coordinator_was_down_is_folded_again(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        job, task = await _in_evaluation(c, a, b)
+        path = c.engine.blobs.path(task.state.digest)
+    spoil(path, "flip")
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        a.serve()
+        b.serve()
+        found = await c.ended(c.engine.jobs[job.job_id])
+        assert found.machine.status == "completed", found.machine.message
+        state = committed(found, 1).state
+        assert state is not None and state.digest == task.state.digest
+
+
+async def test_a_new_state_that_the_model_host_cannot_read_is_folded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        asked: list[str] = []
+
+        async def evaluate(base_folder: str, recipe: object, state: Path, rows: Path) -> Evaluation:
+            asked.append(state.name)
+            if len(asked) == 1:
+                spoil(state, "flip")
+                raise HostError(Failure("model", "evaluate", "The file is damaged."))
+            assert digests.of_file(state) == state.name
+            return Evaluation({"loss": 1.0}, 3)
+
+        monkeypatch.setattr(c.engine._host, "evaluate", evaluate)
+        a.serve()
+        job = await c.submit(echo_job(rounds=1))
+        job.machine.plan = replace(job.machine.plan, evaluation="heldout", metric="loss")
+        await c.ended(job)
+        assert job.machine.status == "completed", job.machine.message
+        assert len(asked) == 2 and len(set(asked)) == 1
+        assert committed(job, 1).metrics == {"loss": 1.0}
+
+
+async def test_with_a_new_state_its_updates_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
+        job, task = await _in_evaluation(c, a, b)
+        monkeypatch.setattr(inspection, "RECHECK_AFTER_S", 3600.0)
+        entry = job.machine.round
+        assert entry is not None
+        (update,) = [t.update for t in entry.trained() if t.device_id == a.device_id]
+        assert update is not None
+        for digest in (update.blob.digest, task.state.digest):
+            spoil(c.engine.blobs.path(digest), "flip")
+        told = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_TRANSFER, stage="fetch", message="another digest")
+        await a.say(outcome=fleet_pb2.TaskOutcome(task_id=task.task_id, lease=task.lease, epoch=1, failure=told))
+        again = await a.next_task()
+        assert again.kind == messages_pb2.TASK_KIND_TRAIN
+        await a.answer(again)
+        a.serve()
+        b.serve()
+        await c.ended(job)
+        assert job.machine.status == "completed", job.machine.message
+
+
 async def test_garbage_is_collected_by_the_operators_call(tmp_path: Path) -> None:
     async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
         a.serve()
@@ -177,7 +272,7 @@ async def test_garbage_is_collected_by_the_operators_call(tmp_path: Path) -> Non
         assert c.blobs() == kept
         trimmed = await c.control.CollectGarbage(control_pb2.CollectGarbageRequest(keep_rounds=1))
         assert (trimmed.blobs, trimmed.folders) == (2, 2)
-        state = job.history[-1].state
+        state = committed(job, job.machine.committed).state
         assert state is not None
         assert c.blobs() == {state.digest}
         with pytest.raises(grpc.aio.AioRpcError) as caught:

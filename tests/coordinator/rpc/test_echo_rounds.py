@@ -16,7 +16,7 @@ from fleetune.coordinator.rounds import adapter
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.v1 import control_pb2, fleet_pb2, messages_pb2
 from support import tensors
-from support.coordinating import Coordinator, coordinating, echo_job
+from support.coordinating import Coordinator, committed, coordinating, echo_job, state_of
 from support.echo_agent import EchoAgent, values
 
 ACCEPTED = messages_pb2.RECEIPT_STATUS_ACCEPTED
@@ -52,7 +52,7 @@ async def test_only_the_last_rounds_and_the_best_keep_their_folder_and_blob(tmp_
         assert (folder / "final").resolve().name == "0006"
         assert (folder / "best").resolve().name == "0001"
         assert len(coordinator.blobs()) == 3
-        state = coordinator.engine.blobs.path(job.history[-1].state.digest)  # type: ignore[union-attr]
+        state = coordinator.engine.blobs.path(state_of(job, 6))
         assert state.samefile(folder / "final" / adapter.STATE_FILE), "one file, two names"
 
 
@@ -98,11 +98,11 @@ async def test_a_round_closes_without_a_device_that_died_and_the_next_has_it_aga
         await b.next_task()
         await b.cut()
         await coordinator.until(job, lambda job: job.machine.committed == 1)
-        assert [task.device_name for task in job.history[0].trained()] == ["a"]
+        assert [task.device_name for task in committed(job, 1).trained()] == ["a"]
         await b.connect()
         b.serve()
         await coordinator.ended(job)
-        assert [task.device_name for task in job.history[1].trained()] == ["a", "b"]
+        assert [task.device_name for task in committed(job, 2).trained()] == ["a", "b"]
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
         await a.cut()
@@ -287,6 +287,26 @@ async def test_a_queued_job_can_be_paused_and_overtaken(tmp_path: Path) -> None:
         await coordinator.ended(second)
 
 
+async def test_a_resumed_job_waits_for_a_place_among_those_that_run(tmp_path: Path) -> None:
+    async with coordinating(tmp_path, parallel_jobs=1) as coordinator, EchoAgent(coordinator.address, "a") as a:
+        first = await coordinator.submit(echo_job(rounds=2))
+        second = await coordinator.submit(echo_job(rounds=1))
+        task = await a.next_task()
+        await coordinator.pause(first)
+        await a.answer(task)
+        other = await a.next_task()
+        assert other.job_id == second.job_id
+        await coordinator.resume(first)
+        assert (first.machine.status, second.machine.status) == ("queued", "running")
+        view = (await coordinator.control.GetJob(control_pb2.GetJobRequest(job_id=first.job_id))).job
+        assert (view.state, view.message) == (control_pb2.JOB_STATE_QUEUED, "resumed; waits for its turn")
+        await a.answer(other)
+        await coordinator.ended(second)
+        a.serve()
+        await coordinator.ended(first)
+        assert (first.machine.status, first.machine.committed) == ("completed", 2)
+
+
 async def test_parallel_jobs_share_devices_but_a_device_has_one_task(tmp_path: Path) -> None:
     async with coordinating(tmp_path, parallel_jobs=3) as coordinator:
         agents = [(await EchoAgent(coordinator.address, name).connect()) for name in "ab"]
@@ -310,8 +330,8 @@ async def test_parallel_jobs_share_devices_but_a_device_has_one_task(tmp_path: P
         assert set(at_once.values()) == {0}
         for agent in agents:
             await agent.cut()
-        needed = {entry.state.digest for job in jobs for entry in job.history[-3:] if entry.state}
-        best = {job.history[job.machine.best_round - 1].state.digest for job in jobs}  # type: ignore[union-attr]
+        needed = {state_of(job, number) for job in jobs for number in range(max(1, job.machine.committed - 2), job.machine.committed + 1)}
+        best = {state_of(job, job.machine.best_round) for job in jobs if job.machine.best_round}
         assert coordinator.blobs() == needed | best
 
 

@@ -16,13 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import text
 
 from fleetune.coordinator import daemon, room
-from fleetune.coordinator.rounds import aggregate, engine
+from fleetune.coordinator.rounds import aggregate, engine, folding
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.store import blobs as blobs_module
 from fleetune.errors import DiskFullError
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import channel
-from support.coordinating import WAIT_S, coordinating, echo_job, settings
+from support.coordinating import WAIT_S, committed, coordinating, echo_job, settings
 from support.echo_agent import EchoAgent
 
 
@@ -98,7 +98,7 @@ async def test_a_fold_that_fails_ends_its_job_and_no_other(
 
 
 async def test_a_fold_without_room_waits_by_name_and_goes_on_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FOLD_RETRY_S", 0.05)
+    monkeypatch.setattr(folding, "FOLD_RETRY_S", 0.05)
     fold = aggregate.fold
 
     def full(plan: aggregate.FoldPlan) -> aggregate.FoldResult:
@@ -119,7 +119,7 @@ async def test_a_fold_without_room_waits_by_name_and_goes_on_when_there_is_some(
 
 
 async def test_a_job_cancelled_while_its_fold_waits_for_room_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FOLD_RETRY_S", 0.05)
+    monkeypatch.setattr(folding, "FOLD_RETRY_S", 0.05)
 
     def full(plan: aggregate.FoldPlan) -> aggregate.FoldResult:
         raise DiskFullError("No space left in scratch.", "Make room on that disk.")
@@ -215,7 +215,7 @@ async def test_a_task_that_does_not_move_is_given_up_although_its_device_lives(t
             await stuck.say(progress=fleet_pb2.TaskProgress(task_id=task.task_id, stage=fleet_pb2.TASK_STAGE_TRAINING, done=3, total=9))
         assert (await stuck.next_cancel()).task_id == task.task_id
         await coordinator.ended(job)
-        assert {t.device_name: t.status for t in job.history[0].tasks.values()} == {"stuck": "failed", "b": "done"}
+        assert {t.device_name: t.status for t in committed(job, 1).tasks.values()} == {"stuck": "failed", "b": "done"}
         assert job.machine.last_failure is not None
         assert job.machine.last_failure.kind == "stalled"
 

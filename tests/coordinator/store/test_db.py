@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select, text, update
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from fleetune.coordinator.store import schema
 from fleetune.coordinator.store.db import Database
-from fleetune.errors import ConfigError
+from fleetune.errors import ConfigError, DurabilityError
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -129,4 +129,23 @@ async def test_a_full_database_is_an_operational_error_and_recovers(tmp_path: Pa
         await database.write(lambda tx: tx.execute(insert(schema.meta).values(key="big", value="x" * 100_000)))
     await database.write(lambda tx: tx.execute(text("PRAGMA max_page_count = 1000000")))
     await database.write(lambda tx: tx.execute(insert(schema.meta).values(key="big", value="x" * 100_000)))
+    await database.close()
+
+
+async def test_a_file_that_breaks_while_it_is_open_is_told_beside_the_error_and_a_full_one_is_not(tmp_path: Path) -> None:
+    database = Database(tmp_path / "c.sqlite")
+    told: list[DurabilityError] = []
+    database.on_broken = told.append
+    await database.open()
+    await database.write(lambda tx: tx.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")))
+    with pytest.raises(IntegrityError):
+        await database.write(lambda tx: tx.execute(insert(schema.meta).values(key="epoch", value="1")))
+    assert told == []
+    await database.read(lambda c: c.execute(text("PRAGMA shrink_memory")))
+    await database.write(lambda tx: tx.execute(text("PRAGMA shrink_memory")))  # what lies in memory hides what became of the file
+    with (tmp_path / "c.sqlite").open("r+b") as file:
+        file.write(bytes(1 << 16))
+    with pytest.raises(DatabaseError):
+        await database.write(lambda tx: tx.execute(insert(schema.meta).values(key="x", value="1")))
+    assert [str(tmp_path / "c.sqlite") in str(error) for error in told] == [True]
     await database.close()

@@ -60,7 +60,7 @@ async def test_a_committed_round_is_written_once(database: Database) -> None:
     entry.tasks["t"] = TaskEntry("t", "id-1", "pi", "train", 1, "done", update=Update(blob("u"), 3), evaluation=Evaluation({}, 0))
     for number in (1, 2, 1):
         await database.write(functools.partial(records.save_round, job_id="job", entry=replace(entry, number=number)))
-    first, second = await database.read(lambda c: records.load_rounds(c, "job"))
+    first, second = await database.read(lambda c: list(records.load_rounds(c, "job")))
     assert (first.number, second.number) == (1, 2)
     assert first.tasks == entry.tasks
     assert math.isnan(first.metrics["loss"])

@@ -42,10 +42,13 @@ DEFAULT_BATCH_ROWS = 16
 
 def train(work: Work, emit: Emit) -> Trained:
     """Local training from the global state; writes the delta to `work.out_path`."""
+    name = work.task.recipe.data.name
     if work.out_path is None or work.data is None:
+        raise DataError(f"This device has no rows for the data {name!r}.", "Name the file of this data in the device's configuration.")
+    if work.data.train is None:
         raise DataError(
-            f"This device has no rows for the data {work.task.recipe.data.name!r}.",
-            "Name the file of this data in the device's configuration.",
+            f"This device has only validation rows of {name!r}, none to train on.",
+            f"Set data.{name}.train in its configuration, or let it measure only: a coordinator of its version asks it for nothing else.",
         )
     task = _payload(work)
     started = time.monotonic()

@@ -20,9 +20,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class DeviceData:
-    """Where the rows of a job's data lie on this device."""
+    """Where the rows of a job's data lie on this device. Without `train` it only measures, without `validation` it only trains."""
 
-    train: DataFile
+    train: DataFile | None
     validation: DataFile | None
 
 

@@ -16,6 +16,9 @@ from fleetune.coordinator.faults import MachineError
 STOP_GRACE_S = 20.0
 """Daemons end within their own grace; whoever needs longer hangs, and is killed."""
 
+RUN_S = 60.0
+"""What ends by itself takes a few seconds on a busy machine."""
+
 TAIL_LINES = 15
 
 _TETHER = Path(__file__).with_name("tether.py")
@@ -55,6 +58,30 @@ class Crew:
         member = Member(name, process, log)
         self._members.append(member)
         return member
+
+    async def run(self, name: str, module: str, arguments: Sequence[str], log: Path, stdin: str) -> None:
+        """Runs `python -m module arguments` to its end, which must be a good one; output to `log`. MachineError otherwise."""
+        command = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), sys.executable, "-m", module, *arguments]
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                env=_environment(),
+            )
+        member = Member(name, process, log)
+        try:
+            await asyncio.wait_for(process.communicate(stdin.encode()), RUN_S)
+        except asyncio.TimeoutError:
+            raise MachineError(f"{name} did not end within {RUN_S:.0f} s.", f"All it wrote is in {log}.") from None
+        finally:
+            if process.returncode is None:
+                _signal_group(member, signal.SIGKILL)
+                await process.wait()
+        if process.returncode:
+            raise died(member)
 
     async def death(self) -> MachineError:
         """Waits until a member ends by itself, and says which, how, and what it wrote last."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -17,17 +18,23 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from fleetune.coordinator import jobspec, watch
+from fleetune.coordinator import config, initialise, jobspec, watch
+from fleetune.coordinator import operator as operators
 from fleetune.coordinator.client import Client, Exported
 from fleetune.coordinator.demo.crew import Crew, Member, died
 from fleetune.coordinator.demo.material import DemoSettings, Material, cores_for_each, prepare, write_agent_config
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text
+from fleetune.coordinator.fleet_client import FleetClient
 from fleetune.coordinator.jsonview import Json, message_json
 from fleetune.coordinator.report import device_shares
 from fleetune.coordinator.rounds import adapter
 from fleetune.v1 import control_pb2 as pb
+from fleetune.v1 import registry_pb2
+from fleetune.wire import identity
+from fleetune.wire.identity import Identity
+from fleetune.wire.joinline import JoinLine
 
 __all__ = ["DemoSettings", "main"]
 
@@ -35,6 +42,9 @@ READY_S = 60.0
 """A coordinator on a busy machine starts within a few seconds; after this it hangs."""
 
 POLL_S = 0.05
+
+TOKEN_S = 600.0
+"""Far longer than the agents take to join."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ async def _run(material: Material, settings: DemoSettings, console: Console, *, 
             # Soft wrap leaves it to the terminal to break lines, so that what is copied is what was written.
             for line in ["", " load it:", "", *loading_lines(material), ""]:
                 console.print(Text(line, style="cyan" if "=" in line or "import" in line else "dim"), soft_wrap=True)
+            for line in [" look at its rounds again:", "", *looking_lines(material), ""]:
+                console.print(Text(line, style="cyan" if "fleetune" in line else "dim"), soft_wrap=True)
     if ended.job.state == pb.JOB_STATE_COMPLETED:
         return ExitCode.OK
     return ExitCode.JOB_CANCELLED if ended.job.state == pb.JOB_STATE_CANCELLED else ExitCode.JOB_FAILED
@@ -103,18 +115,26 @@ async def _run(material: Material, settings: DemoSettings, console: Console, *, 
 async def _work(material: Material, settings: DemoSettings, crew: Crew, console: Console, *, lines: bool) -> Ended:
     started = time.monotonic()
     console.print(_opening(material, settings), soft_wrap=True)
+    state = material.coordinator_state
+    operator = await asyncio.to_thread(_initialised, state, material.identity)
     coordinator = await crew.start(
         "coordinator",
         "fleetune.coordinator.cli",
-        ["serve", "--listen", "127.0.0.1:0", "--state-dir", str(material.coordinator_state)],
+        ["serve", "--listen", "127.0.0.1:0", "--join-listen", "127.0.0.1:0", "--state-dir", str(state)],
         material.log("coordinator"),
     )
-    address = await _address(coordinator, material.coordinator_state / "address")
+    address = await _address(coordinator, state / "address")
+    # For whoever looks at the demo with --identity: only now is the port known.
+    operator = replace(operator, facts=replace(operator.facts, coordinator=address))
+    await asyncio.to_thread(identity.store, material.identity, operator)
+    line = await _join_line(address, operator, len(material.agents))
     cores = cores_for_each(settings.agents)
     for agent in material.agents:
         write_agent_config(agent.config, name=agent.name, coordinator=address, base=material.base, cores=cores)
+    await asyncio.gather(*(_join(crew, material, agent.name, agent.config, line) for agent in material.agents))
+    for agent in material.agents:
         await crew.start(agent.name, "fleetune.agent.cli", ["run", "--config", str(agent.config)], material.log(agent.name))
-    async with Client(address) as client:
+    async with Client(address, operator) as client:
         death = asyncio.ensure_future(crew.death())
         following = asyncio.ensure_future(_follow(client, material, console, lines=lines))
         try:
@@ -129,6 +149,28 @@ async def _work(material: Material, settings: DemoSettings, crew: Crew, console:
                     await task
     sent_bytes = _sent_bytes(exported.folder / adapter.MANIFEST_FILE) if exported is not None else {}
     return Ended(job, exported, time.monotonic() - started, sent_bytes)
+
+
+def _initialised(state_dir: Path, folder: Path) -> Identity:
+    """What `fleetune init` does; the operator may do everything."""
+    settings = config.load(None, {}, {"state_dir": str(state_dir), "listen": "127.0.0.1:0"})
+    initialise.initialise(settings, "demo", folder, "")
+    return operators.load(folder)
+
+
+async def _join_line(address: str, operator: Identity, uses: int) -> JoinLine:
+    """What `fleetune token create` prints."""
+    request = registry_pb2.CreateTokenRequest(kind=registry_pb2.IDENTITY_KIND_AGENT, uses=uses, ttl_s=TOKEN_S)
+    async with FleetClient(address, operator) as client:
+        answer = await client.create_token(request)
+    return JoinLine(address, answer.join_port, bytes.fromhex(answer.root_fingerprint), answer.token)
+
+
+async def _join(crew: Crew, material: Material, name: str, config_file: Path, line: JoinLine) -> None:
+    """`fleetune-agent join`, the line on its standard input."""
+    await crew.run(
+        f"{name} (join)", "fleetune.agent.cli", ["join", "--config", str(config_file), "-"], material.log(name), f"{line.text()}\n"
+    )
 
 
 async def _follow(client: Client, material: Material, console: Console, *, lines: bool) -> tuple[pb.JobView, Exported | None]:
@@ -174,6 +216,14 @@ def _opening(material: Material, settings: DemoSettings) -> RenderableType:
 def loading_lines(material: Material) -> list[str]:
     """Three lines of Python that give the fine-tuned model."""
     return adapter.loading_lines(jobspec.parse(material.job_toml), str(material.base), str(material.adapter))
+
+
+def looking_lines(material: Material) -> list[str]:
+    """How to ask the demo's coordinator again, which has ended: start it, then ask as the demo's operator."""
+    return [
+        f"fleetune serve --state-dir {shlex.quote(str(material.coordinator_state))}   # in another terminal",
+        f"fleetune report last --coordinator 127.0.0.1:7433 --identity {shlex.quote(str(material.identity))}",
+    ]
 
 
 def summary(material: Material, ended: Ended) -> RenderableType:

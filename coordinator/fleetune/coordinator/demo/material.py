@@ -66,6 +66,11 @@ class Material:
         return self.folder / "coordinator"
 
     @property
+    def identity(self) -> Path:
+        """Of the operator as whom the demo asks its coordinator."""
+        return self.folder / "identity"
+
+    @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
 

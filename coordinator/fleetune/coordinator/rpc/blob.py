@@ -10,22 +10,26 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import grpc.aio
 
-from fleetune.coordinator.rounds.engine import Engine, Receipt
-from fleetune.coordinator.rpc import convert
-from fleetune.coordinator.rpc.streams import Patience, Readable
+from fleetune.coordinator.rounds.engine import Engine
+from fleetune.coordinator.rounds.orders import Receipt
+from fleetune.coordinator.rpc import convert, gate, ownership
+from fleetune.coordinator.rpc.streams import Abortable, Patience, Readable, hang_up
 from fleetune.coordinator.rpc.turns import Turns
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, DurabilityError, WireError
 from fleetune.v1 import blob_pb2, messages_pb2
 from fleetune.waiting import happened
 from fleetune.wire import digests, frames
-from fleetune.wire.chunks import Spool, SpoolBusyError, read_chunk
+from fleetune.wire.chunks import CHUNK_BYTES, Spool, SpoolBusyError, read_chunk
 from fleetune.workers import Workers
 
 log = logging.getLogger("fleetune.blob")
 
 IDLE_S = 60.0
 """A stream that moves nothing for so long is ended; the agent resumes where it was."""
+
+SLOWEST_BYTES_PER_S = 1024
+"""An upload that is slower in the long run holds a place for nothing, on purpose or not; the agent resumes it."""
 
 DOWNLOADS_AT_ONCE = 3
 """While they are quick: each holds a few chunks in memory, and a device that has its state early computes while others fetch theirs."""
@@ -35,6 +39,9 @@ TRANSFERS_AT_MOST = 64
 
 QUICK_S = 0.5
 """A transfer that takes longer goes on without a place among the quick ones."""
+
+SLOW_CHUNK_BYTES = 128 * 1024
+"""Chunks of a download that has lost its place, one at a time: a fleet of slow devices must not take a few MiB for each."""
 
 RESPONSES_AHEAD = 2
 """Chunks read in one turn of a disk thread while as many are being sent: a turn costs more than the reading."""
@@ -59,14 +66,14 @@ class BlobService:
         self._engine = engine
         self._blobs = blobs
         self._uploads = Turns(uploads_at_once, max(uploads_at_once, TRANSFERS_AT_MOST), QUICK_S)
-        self._downloads = Turns(DOWNLOADS_AT_ONCE, TRANSFERS_AT_MOST, QUICK_S)
+        self._downloads = self._uploads = Turns(3, TRANSFERS_AT_MOST, QUICK_S)
         self._max_update_bytes = max_update_bytes
         self._epoch = epoch
         self._disk = Workers("blob-disk", DISK_THREADS)
         self._sync = Workers("blob-sync", SYNC_THREADS)
         self.receiving = 0
-        # By digest and offset; used by the disk threads. Two of them may compute one sum twice, which does no harm.
-        self._sums: dict[tuple[str, int], int] = {}
+        # By digest, offset and length; used by the disk threads. Two of them may compute one sum twice, which does no harm.
+        self._sums: dict[tuple[str, int, int], int] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -79,7 +86,10 @@ class BlobService:
         self._sync.close()
 
     async def Download(self, request: blob_pb2.DownloadRequest, context: grpc.aio.ServicerContext[blob_pb2.DownloadRequest, bytes]) -> None:
-        async with self._downloads.one():
+        if why := self._download_objection(request.digest):
+            gate.refuse(why)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no blob for this caller: {why}")
+        async with self._downloads.one() as turn:
             try:
                 fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
             except WireError as error:
@@ -92,15 +102,15 @@ class BlobService:
                 if request.offset > size:
                     await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} in a blob of {size} bytes")
                 position = request.offset
-                ahead = self._disk.run(self._responses, request.digest, fd, position, size, first=True)
+                ahead = self._disk.run(self._responses, request.digest, fd, position, size, False, True)
                 with Patience(IDLE_S) as patience:
                     while ahead is not None:
                         responses, position = await asyncio.shield(ahead)
-                        ahead = self._disk.run(self._responses, request.digest, fd, position, size) if position < size else None
+                        ahead = self._disk.run(self._responses, request.digest, fd, position, size, turn.aside) if position < size else None
                         for response in responses:
                             await patience.on(context.write(response))
             except asyncio.TimeoutError:
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {IDLE_S:g} s; resume where it ended")
+                await hang_up(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {IDLE_S:g} s; resume where it ended")
             finally:
                 if ahead is not None:  # the descriptor must outlive the read
                     await asyncio.wait({ahead})
@@ -112,16 +122,34 @@ class BlobService:
         request: blob_pb2.UploadStatusRequest,
         context: grpc.aio.ServicerContext[blob_pb2.UploadStatusRequest, blob_pb2.UploadStatusResponse],
     ) -> blob_pb2.UploadStatusResponse:
+        await self._check_owner(request.device_id, request.task_id, context)
         if (wrong := _unusable(request.blob)) is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if request.epoch not in (0, self._epoch):  # before anything is written down about a task that is another's now
             refused = convert.foreign_epoch(request.epoch, self._epoch)
             return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, refused))
-        settled = await self._engine.judge(request.task_id, request.device_id, request.blob.digest)
+        settled = await self._engine.admission.judge(request.task_id, request.device_id, request.blob.digest)
         if settled is not None:
             self._blobs.discard(request.task_id, request.blob)
             return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, settled))
         return blob_pb2.UploadStatusResponse(offset=self._blobs.spooled(request.task_id, request.blob))
+
+    def _download_objection(self, digest: str) -> str:
+        """Why the caller may not have this blob; the same for one that is not there, which is nobody's business either."""
+        caller = gate.caller()
+        if caller.kind == "agent":
+            own = ownership.own_id(caller, self._engine.registry.names)
+            # The newest first: those that have ended gather at the other end.
+            fetched = ownership.may_fetch(reversed(self._engine.jobs.values()), own, digest)
+            return "" if fetched else "no open task of this device needs the blob"
+        if caller.kind == "local" or ownership.is_adapter(self._engine.jobs.values(), digest) or self._engine.retention.is_held(digest):
+            return ""
+        return "the blob is no adapter"
+
+    async def _check_owner(self, device_id: str, task_id: str, context: Abortable) -> None:
+        if why := ownership.task_objection(gate.caller(), device_id, task_id, self._engine.registry.names):
+            gate.refuse(why)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, why)
 
     async def Upload(self, request_iterator: AsyncIterator[frames.Upload], context: _UploadContext) -> blob_pb2.UploadResponse:
         try:
@@ -135,13 +163,14 @@ class BlobService:
         if first is None or first.header is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of an upload must carry its header")
         header = first.header
+        await self._check_owner(header.device_id, header.task_id, context)
         if (wrong := _unusable(header.blob)) is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if header.epoch != self._epoch:
             who, task_id = convert.clean(header.device_id, 64), convert.clean(header.task_id, 200)
             log.warning("device=%r task=%r update of epoch %d refused, this is epoch %d", who, task_id, header.epoch, self._epoch)
             return self._answer(header, convert.foreign_epoch(header.epoch, self._epoch))
-        settled = await self._engine.judge(header.task_id, header.device_id, header.blob.digest)
+        settled = await self._engine.admission.judge(header.task_id, header.device_id, header.blob.digest)
         if settled is not None:
             self._blobs.discard(header.task_id, header.blob)
             return self._answer(header, settled)
@@ -154,13 +183,13 @@ class BlobService:
         except SpoolBusyError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except WireError as error:
-            log.warning("device=%s task=%s upload refused: %s", header.device_id, header.task_id, error)
+            gate.refuse(f"device {convert.line(header.device_id, 64)}: {error}")
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except DurabilityError as error:
             self._engine.give_up(error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except DiskFullError as error:
-            log.error("device=%s task=%s %s", header.device_id, header.task_id, error)
+            log.error("device=%s task=%s %s", convert.line(header.device_id, 64), convert.line(header.task_id, 200), error)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         finally:
             self.receiving -= 1
@@ -178,9 +207,14 @@ class BlobService:
                 spool = await self._opened(header, arrived)
                 arrived.clear()
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
+                begun_s, size = asyncio.get_running_loop().time(), 0
                 while (message := await _next(context, patience)) is not None:
-                    if message.chunk is not None:
-                        arrived.append(message.chunk)
+                    if message.chunk is None or not len(message.chunk.data):
+                        raise WireError("A message of an upload holds no bytes.")
+                    arrived.append(message.chunk)
+                    size += len(message.chunk.data)
+                    if asyncio.get_running_loop().time() - begun_s > IDLE_S + size / SLOWEST_BYTES_PER_S:
+                        raise asyncio.TimeoutError
                     if busy is not None and (busy.done() or len(arrived) >= CHUNKS_WAITING):
                         await asyncio.shield(busy)
                         busy = None
@@ -201,7 +235,8 @@ class BlobService:
             async with self._engine.retention.keeping(spool.digest):
                 busy = self._sync.run(self._blobs.adopt, spool)
                 storing = asyncio.shield(busy)
-                receipt = await self._engine.take_update(header.task_id, header.device_id, convert.update(header), spool.path, storing)
+                admission = self._engine.admission
+                receipt = await admission.take_update(header.task_id, header.device_id, convert.update(header), spool.path, storing)
             return self._answer(header, receipt)
         finally:
             if busy is not None:  # the thread has the spool in hand, also where this stream was cut
@@ -212,9 +247,13 @@ class BlobService:
 
     async def _opened(self, header: blob_pb2.UploadHeader, arrived: Sequence[frames.Chunk]) -> Spool:
         """The spool with what came with the header: for a small update one turn of a thread instead of two."""
+        most = ownership.update_bytes_max(self._engine.job_of_task(header.task_id))
+        limit_bytes = self._max_update_bytes if most is None else min(most, self._max_update_bytes)
 
         def opened() -> Spool:
-            spool = self._blobs.spool(header.task_id, header.blob, self._max_update_bytes)
+            # One spool for a task: a device must not fill the disk with the beginnings of ever other updates.
+            self._blobs.clean_spool_of(header.task_id, header.blob)
+            spool = self._blobs.spool(header.task_id, header.blob, limit_bytes)
             try:
                 spool.add_all(arrived)
             except BaseException:
@@ -231,17 +270,20 @@ class BlobService:
                 opening.result().close()
             raise
 
-    def _responses(self, digest: str, fd: int, position: int, size: int, *, first: bool = False) -> tuple[list[bytes], int]:
+    def _responses(
+        self, digest: str, fd: int, position: int, size: int, slow: bool = False, first: bool = False
+    ) -> tuple[list[bytes], int]:
         """The next encoded responses, and where those after them begin. Reads the disk."""
         messages: list[bytes] = []
-        while position < size and len(messages) < RESPONSES_AHEAD:
+        most, ahead = (SLOW_CHUNK_BYTES, 1) if slow else (CHUNK_BYTES, RESPONSES_AHEAD)
+        while position < size and len(messages) < ahead:
             # The devices of a round fetch the same state: its checksums are computed for the first of them.
-            known = self._sums.get((digest, position))
-            chunk = read_chunk(fd, position, size, crc32=known)
+            known = self._sums.get((digest, position, most))
+            chunk = read_chunk(fd, position, size, most, crc32=known)
             if known is None:
                 if len(self._sums) >= SUMS_KEPT:
                     self._sums.clear()
-                self._sums[digest, position] = chunk.crc32
+                self._sums[digest, position, most] = chunk.crc32
             messages.append(frames.encode_download(frames.Download(chunk, size if first and not messages else 0)))
             position += len(chunk.data)
         return messages or [frames.encode_download(frames.Download(None, size))], position

@@ -14,12 +14,12 @@ from typing import NoReturn, Protocol
 import grpc
 
 from fleetune.coordinator import jobspec
-from fleetune.coordinator.domain import RoundEntry
+from fleetune.coordinator.certificates import Roster
 from fleetune.coordinator.registry import Registry
 from fleetune.coordinator.rounds import adapter, machine
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
-from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.rpc import convert, gate, pastrounds
 from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
@@ -44,12 +44,13 @@ class Aborting(Protocol):
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, engine: Engine, fleet: FleetService, registry: Registry, database: Database, version: str) -> None:
+    def __init__(self, engine: Engine, fleet: FleetService, registry: Registry, database: Database, version: str, roster: Roster) -> None:
         self._engine = engine
         self._fleet = fleet
         self._registry = registry
         self._database = database
         self._version = version
+        self._roster = roster
 
     async def ServerInfo(self, request: control_pb2.ServerInfoRequest, context: Aborting) -> control_pb2.ServerInfoResponse:  # type: ignore[override]
         return control_pb2.ServerInfoResponse(
@@ -87,20 +88,25 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def GetJob(self, request: control_pb2.GetJobRequest, context: Aborting) -> control_pb2.GetJobResponse:  # type: ignore[override]
         job = await self._find(request.job_id, context)
-        return control_pb2.GetJobResponse(job=self._view(job, history=True))
+        return control_pb2.GetJobResponse(job=await self._whole_view(job))
 
     async def WatchJob(  # type: ignore[override]
         self, request: control_pb2.WatchJobRequest, context: Aborting
     ) -> AsyncIterator[control_pb2.WatchJobResponse]:
         job = await self._find(request.job_id, context)
+        told: int | None = None
         while True:
             changed = job.changed
             # The last folder is written after the commit: the last answer must name it.
             if job.ended:
                 await self._engine.settled(job)
-                yield control_pb2.WatchJobResponse(job=self._view(job, history=True))
+                yield control_pb2.WatchJobResponse(job=await self._whole_view(job))
                 return
-            yield control_pb2.WatchJobResponse(job=self._view(job))
+            view = self._view(job)
+            if told is not None and told < view.rounds_committed:
+                await pastrounds.add_since(view, told, job, self._database, frozenset(self._registry.sessions))
+            told = view.rounds_committed
+            yield control_pb2.WatchJobResponse(job=view)
             await asyncio.sleep(WATCH_INTERVAL_S)
             await changed.wait()
 
@@ -119,14 +125,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def ListDevices(self, request: control_pb2.ListDevicesRequest, context: Aborting) -> control_pb2.ListDevicesResponse:  # type: ignore[override]
         rows = await self._database.read(records.load_devices)
-        return control_pb2.ListDevicesResponse(devices=[self._device(row) for row in rows])
+        return control_pb2.ListDevicesResponse(devices=convert.fitting(self._device(row) for row in rows))
 
     async def DescribeAdapter(  # type: ignore[override]
         self, request: control_pb2.DescribeAdapterRequest, context: Aborting
     ) -> control_pb2.DescribeAdapterResponse:
         job = await self._find(request.job_id, context)
         number = job.machine.best_round if request.best else request.round or job.machine.committed
-        entry: RoundEntry | None = next((e for e in job.history if e.number == number), None)
+        entry = await self._engine.round_of(job, number)
         if entry is None or entry.state is None:
             known = f"rounds 1 to {job.machine.committed} are committed" if job.machine.committed else "no round is committed yet"
             what = "a best round" if request.best and not number else f"round {number}"
@@ -211,9 +217,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def _note(self, context: Aborting, action: str, subject: str, outcome: str, detail: str) -> None:
         """Write down what was asked, before it is answered. A full disk must not undo the answer: the log has the line then."""
-        row = records.AuditRow(time.time(), _line(context.peer(), 100), action, _line(subject, 100), outcome, _line(detail, 1000))
+        row = records.AuditRow(time.time(), _line(_actor(context), 100), action, _line(subject, 100), outcome, _line(detail, 1000))
         if not await self._database.try_write(lambda tx: records.add_audit(tx, row)):
             log.error("audit not written actor=%s action=%s subject=%s outcome=%s detail=%r", *_told(row))
+
+    async def _whole_view(self, job: LiveJob) -> control_pb2.JobView:
+        view = self._view(job, history=True)
+        await pastrounds.add_all(view, job, self._database, frozenset(self._registry.sessions))
+        return view
 
     def _view(self, job: LiveJob, history: bool = False) -> control_pb2.JobView:
         folder = ""
@@ -233,6 +244,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         line = self._fleet.lines.get(row.device_id)
         hello = line.hello if line else fleet_pb2.Hello.FromString(row.hello)
         session = line.session if line else None
+        train_names, validation_names = convert.rows_of(hello)
         view = control_pb2.DeviceView(
             device_id=row.device_id,
             name=row.name,
@@ -242,17 +254,30 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             last_seen_unix_s=time.time() - (time.monotonic() - session.last_heard_s) if session else row.last_seen_unix_s,
             agent_version=convert.clean(hello.agent_version, 40),
             data_names=hello.data_names,
+            train_data_names=train_names,
+            validation_data_names=validation_names,
             updates_accepted=row.updates_accepted,
             failures=row.failures,
             last_failure=row.last_failure,
             address=session.greeting.address if session else "",
+            quarantine=row.quarantine,
+            revoked=self._roster.is_revoked(row.device_id, row.name),
         )
+        newest = self._roster.newest_of_device(row.device_id)
+        if newest is not None:
+            view.certificate_until_unix_s = newest.not_after_unix_s
         if session is not None:
             view.availability.CopyFrom(fleet_pb2.Availability(accepts_tasks=session.accepts_tasks, reason=session.reason))
         if line is not None and line.telemetry is not None:
             view.telemetry.CopyFrom(line.telemetry)
             view.task_id = line.telemetry.task_id
         return view
+
+
+def _actor(context: Aborting) -> str:
+    """Who asked, and from where; without TLS only the latter is known."""
+    caller = gate.caller()
+    return context.peer() if caller.kind == "local" else f"{caller} {context.peer()}"
 
 
 def _line(text: str, characters_max: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fleetune.complaints import Complaint
 from fleetune.coordinator.domain import (
@@ -21,18 +22,23 @@ from fleetune.coordinator.domain import (
     Update,
 )
 from fleetune.coordinator.registry import Greeting
-from fleetune.coordinator.rounds.engine import Order, Receipt
 from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rounds.orders import Order, Receipt
+from fleetune.coordinator.rpc import ownership
 from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, messages_pb2
 from fleetune.wire import channel
 
 ANSWER_BYTES_MAX = channel.MESSAGE_BYTES_MAX * 3 // 4
 """Of the growing part of an answer: the whole must fit into a message."""
 
+CURRENT_BYTES_MAX = channel.MESSAGE_BYTES_MAX // 8
+"""Of the open round, or the last one, in the view of a job."""
+
 ROWS_MAX = 2**40
 """Rows of one evaluation; more is a mistake, and sums of them must fit into their field."""
 
 TEXT_CHARS_MAX = 2000
+TASK_ID_CHARS_MAX = 300
 TRACEBACK_CHARS_MAX = 8192
 
 _RECEIPTS: Mapping[str, messages_pb2.ReceiptStatus.ValueType] = {
@@ -96,17 +102,66 @@ def line(text: str, limit: int) -> str:
 
 
 def greeting(hello: fleet_pb2.Hello, address: str) -> Greeting:
+    train_names, validation_names = rows_of(hello)
     return Greeting(
         device_id=hello.device_id,
         name=hello.device_name,
         instance_id=hello.instance_id,
         tags=frozenset(hello.tags),
         data_names=frozenset(hello.data_names),
+        train_data_names=frozenset(train_names),
+        validation_data_names=frozenset(validation_names),
         methods=frozenset(hello.methods),
         accepts_tasks=hello.availability.accepts_tasks,
         reason=line(hello.availability.reason, 200),
         address=address,
     )
+
+
+CORES_MAX = 4096.0
+BYTES_MAX = 2**50
+"""A pebibyte: no board has more memory or disk, and sums of it fit everywhere."""
+
+PROFILE_CHARS_MAX = 100
+
+
+def sober(hello: fleet_pb2.Hello) -> None:
+    """Take from what a device says of itself whatever no machine can be, in place: it is kept, shown, and planned with.
+
+    Its names are for the fleet service to refuse; here are texts for people, numbers, and fields that nobody knows.
+    """
+    hello.DiscardUnknownFields()
+    hello.agent_version = line(hello.agent_version, 40)
+    hello.availability.reason = line(hello.availability.reason, 200)
+    profile = hello.profile
+    for text in ("machine", "system", "python_version", "accelerator", "accelerator_name", "board"):
+        setattr(profile, text, line(getattr(profile, text), PROFILE_CHARS_MAX))
+    for number in ("memory_total_bytes", "memory_available_bytes", "disk_free_bytes", "accelerator_memory_bytes"):
+        setattr(profile, number, min(getattr(profile, number), BYTES_MAX))
+    profile.cores = _between(profile.cores, 0.0, CORES_MAX)
+
+
+def sober_heartbeat(heartbeat: fleet_pb2.Heartbeat, device_id: str) -> None:
+    """As `sober`, for what is kept of each device between its heartbeats."""
+    heartbeat.DiscardUnknownFields()
+    heartbeat.cpu_percent = _between(heartbeat.cpu_percent, 0.0, 100.0)
+    if heartbeat.HasField("temperature_c"):
+        heartbeat.temperature_c = _between(heartbeat.temperature_c, -100.0, 300.0)
+    for number in ("memory_available_bytes", "memory_total_bytes", "agent_rss_bytes", "child_rss_bytes", "disk_free_bytes"):
+        setattr(heartbeat, number, min(getattr(heartbeat, number), BYTES_MAX))
+    if len(heartbeat.task_id) > TASK_ID_CHARS_MAX or ownership.device_of(heartbeat.task_id) != device_id:
+        heartbeat.task_id = ""
+
+
+def _between(value: float, least: float, most: float) -> float:
+    return least if math.isnan(value) else min(max(value, least), most)
+
+
+def rows_of(hello: fleet_pb2.Hello) -> tuple[Sequence[str], Sequence[str]]:
+    """Data names with rows to train on and with rows to measure on; an agent of minor 0 does not tell, and is taken to have both."""
+    if not hello.train_data_names and not hello.validation_data_names:
+        return hello.data_names, hello.data_names
+    return hello.train_data_names, hello.validation_data_names
 
 
 def failure(message: messages_pb2.Failure) -> Failure:
@@ -184,12 +239,29 @@ def foreign_epoch(epoch: int, own: int) -> Receipt:
 # --- to operators
 
 
+def fitting(views: Iterable[control_pb2.DeviceView]) -> list[control_pb2.DeviceView]:
+    """The devices as far as an answer holds them: those for which there is no room come without what they say of themselves."""
+    found: list[control_pb2.DeviceView] = []
+    room = ANSWER_BYTES_MAX
+    for view in views:
+        if view.ByteSize() > room:
+            view = control_pb2.DeviceView(
+                device_id=view.device_id, name=view.name, online=view.online, last_seen_unix_s=view.last_seen_unix_s
+            )
+        room -= view.ByteSize() + 8
+        found.append(view)
+    return found
+
+
 def complaints(found: Iterable[Complaint]) -> list[control_pb2.Complaint]:
     return [control_pb2.Complaint(path=c.path, value=c.value, allowed=c.allowed, remedy=c.remedy) for c in found]
 
 
 def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str = "", history: bool = False) -> control_pb2.JobView:
-    """A job as operators see it. `online` holds the ids of connected devices; `waiting` why devices are not ready."""
+    """A job as operators see it. `online` holds the ids of connected devices; `waiting` why devices are not ready.
+
+    With `history` it tells the job's file, too; the rounds themselves are `pastrounds`' to add.
+    """
     state, spec = job.machine, job.spec
     prepared = state.prepared
     message = state.message
@@ -201,7 +273,6 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         named = f"quarantined: {'; '.join(state.quarantined.values())}"
         message = f"{message}; {named}" if message else named
     open_round = state.round
-    up, down = job.moved_bytes()
     view = control_pb2.JobView(
         job_id=job.job_id,
         name=spec.name,
@@ -217,19 +288,16 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         ended_unix_s=state.ended_unix_s,
         best_round=state.best_round,
         metric=state.plan.metric,
-        upload_bytes=up + (open_round.upload_bytes() if open_round else 0),
-        download_bytes=down + (open_round.download_bytes() if open_round else 0),
+        upload_bytes=job.history.upload_bytes + (open_round.upload_bytes() if open_round else 0),
+        download_bytes=job.history.download_bytes + (open_round.download_bytes() if open_round else 0),
         failed_device=state.last_failure_device if state.status == "failed" else "",
         adapter_folder=folder,
         job_toml=job.toml if history else "",
         devices_minimum=spec.devices.minimum,
     )
-    if open_round is not None:
-        view.current.CopyFrom(round_view(open_round, job, online))
-    elif job.history:
-        view.current.CopyFrom(round_view(job.history[-1], job, online))
-    if history:
-        view.history.extend(_history(job, online))
+    current = open_round or job.history.last
+    if current is not None:
+        view.current.CopyFrom(_bounded(round_view(current, job, online)))
     if prepared is not None and prepared.initial is not None:
         view.initial_metrics.extend(_metric_messages(prepared.initial.metrics))
     if state.last_failure is not None and state.status == "failed":
@@ -240,19 +308,17 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
     return view
 
 
-def _history(job: LiveJob, online: frozenset[str]) -> list[control_pb2.RoundView]:
-    """As much as one message holds: the oldest rounds lose their devices first, then they are left out."""
-    views: list[control_pb2.RoundView] = []
-    room = ANSWER_BYTES_MAX - len(job.toml.encode())
-    for entry in reversed(job.history):
-        view = round_view(entry, job, online)
-        if view.ByteSize() > room // 2:
-            view.ClearField("tasks")
-        room -= view.ByteSize() + 8
-        if room < 0:
-            break
-        views.append(view)
-    return views[::-1]
+def _bounded(view: control_pb2.RoundView) -> control_pb2.RoundView:
+    """A round that fits beside the growing part of an answer: many failed tasks lose their tracebacks first, then what they said."""
+    if view.ByteSize() > CURRENT_BYTES_MAX:
+        for task_ in view.tasks:
+            task_.failure.ClearField("traceback")
+    if view.ByteSize() > CURRENT_BYTES_MAX:
+        for task_ in view.tasks:
+            task_.ClearField("failure")
+    if view.ByteSize() > CURRENT_BYTES_MAX:
+        view.ClearField("tasks")
+    return view
 
 
 def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.RoundView:
@@ -304,11 +370,9 @@ def _task_view(entry: TaskEntry, job: LiveJob, online: frozenset[str]) -> contro
 
 def _remaining_s(job: LiveJob) -> float | None:
     """Rounds left times the median of the last rounds' seconds, less what the open round has taken."""
-    done = job.history[-10:]
-    if not done or job.ended:
+    median = job.history.median_s
+    if median is None or job.ended:
         return None
-    seconds = sorted(entry.ended_unix_s - entry.started_unix_s for entry in done)
-    median = seconds[len(seconds) // 2]
     open_round = job.machine.round
     spent = min(median, time.time() - open_round.started_unix_s) if open_round else 0.0
     return max(0.0, median * (job.spec.rounds.count - job.machine.committed) - spent)

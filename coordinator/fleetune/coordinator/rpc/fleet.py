@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
 
 from fleetune.coordinator.registry import Greeting, Refused, Registry, Session
-from fleetune.coordinator.rounds.engine import Engine, Order
-from fleetune.coordinator.rpc import convert
-from fleetune.coordinator.rpc.streams import Patience, Readable, next_message
+from fleetune.coordinator.rounds.engine import Engine
+from fleetune.coordinator.rounds.orders import Order, Receipt
+from fleetune.coordinator.rpc import convert, gate, ownership
+from fleetune.coordinator.rpc.limits import Bucket
+from fleetune.coordinator.rpc.streams import Patience, Readable, hang_up, next_message
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc, messages_pb2
@@ -34,6 +37,15 @@ OUTBOUND_MAX = 1000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}", re.ASCII)
 WORD_CHARACTERS_MAX = 200
+WORDS_CHARACTERS_MAX = 32_768
+LOG_LINES_MAX = 2000
+"""Of one task."""
+
+LOG_ROUNDS_BACK = 20
+"""Lines of older rounds are dropped: a device must not fill the disk by way of all the tasks that it has ever had."""
+
+LOGGED_TASKS_MAX = 100
+"""Tasks of one device whose lines are counted."""
 
 Context = grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
 
@@ -52,15 +64,22 @@ class Line:
     hello: fleet_pb2.Hello
     outbound: asyncio.Queue[fleet_pb2.SessionResponse | None] = field(default_factory=lambda: asyncio.Queue(OUTBOUND_MAX))
     telemetry: fleet_pb2.Heartbeat | None = None
-    logged_lines: dict[str, int] = field(default_factory=dict[str, int])
     cut: asyncio.Event = field(default_factory=asyncio.Event)
+    last_words: tuple[grpc.StatusCode, str] | None = None
+    """What the agent is told where its own doing ends the stream."""
 
     def send(self, message: fleet_pb2.SessionResponse) -> None:
         try:
             self.outbound.put_nowait(message)
         except asyncio.QueueFull:
-            log.warning("device=%s reads nothing, its stream is cut", self.session.greeting.name)
-            self.cut.set()
+            if not self.cut.is_set():
+                log.warning("device=%s reads nothing, its stream is cut", self.session.greeting.name)
+            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{OUTBOUND_MAX} messages wait and none is read")
+
+    def end(self, code: grpc.StatusCode, why: str) -> None:
+        """Cut it for what the agent does."""
+        self.last_words = (code, why)
+        self.cut.set()
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
@@ -79,6 +98,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     ) -> None:
         self.lines: dict[str, Line] = {}
         self.draining = False
+        self._logged: dict[str, dict[str, int]] = {}
+        """Device id -> task id -> lines taken, also over reconnects."""
         self._engine = engine
         self._registry = registry
         self._database = database
@@ -116,13 +137,15 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             await self._converse(line, context)
         finally:
             await self._close(line, hello.device_id)
+        if line.last_words is not None:
+            await hang_up(context, *line.last_words)
 
     async def _converse(self, line: Line, context: Context) -> None:
         """Greet, then read and write until one side ends."""
         name = line.session.greeting.name
         await self._save(line.session.greeting, line.hello)
         log.info("device=%s online id=%s address=%s", name, line.session.greeting.device_id, line.session.greeting.address)
-        ours = [task for task in line.hello.held if self._is_ours(task.epoch)]
+        ours = [task for task in line.hello.held if self._is_ours(task.epoch) and self._is_its_own(line, task.task_id)]
         held = frozenset(task.task_id for task in ours)
         running = frozenset(task.task_id for task in ours if task.stage == fleet_pb2.HELD_STAGE_RUNNING)
         self._drop_foreign(line)
@@ -165,6 +188,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         for line in self.lines.values():
             line.send(fleet_pb2.SessionResponse(draining=fleet_pb2.Draining(reason=reason)))
 
+    def ask_to_renew(self, device_id: str) -> None:
+        """Tell a connected agent that its certificate should be renewed now."""
+        line = self.lines.get(device_id)
+        if line is not None:
+            line.send(fleet_pb2.SessionResponse(renew=fleet_pb2.RenewCertificate()))
+
     def hang_up(self) -> None:
         """End all streams."""
         for line in self.lines.values():
@@ -178,6 +207,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         if first is None or first.WhichOneof("body") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session must be Hello")
         hello = first.hello
+        convert.sober(hello)
         refusal = self._objection(hello)
         if refusal is not None:
             await context.write(fleet_pb2.SessionResponse(refusal=refusal))
@@ -202,9 +232,13 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             wrong = f"the device id {convert.line(hello.device_id, 80)!r} is not 8 to 64 of A-Z a-z 0-9 -"
         elif not hello.instance_id or len(hello.instance_id) > 64:
             wrong = "the instance id is empty or longer than 64 characters"
-        elif max(len(hello.tags), len(hello.data_names), len(hello.methods), len(hello.held)) > 1000:
+        elif any(len(task.task_id) > convert.TASK_ID_CHARS_MAX for task in hello.held):
+            wrong = f"the id of a held task is longer than {convert.TASK_ID_CHARS_MAX} characters"
+        elif sum(len(word) for words in _words(hello) for word in words) > WORDS_CHARACTERS_MAX:
+            wrong = f"tags, data names and methods have more than {WORDS_CHARACTERS_MAX} characters together"
+        elif max(len(hello.held), *(len(words) for words in _words(hello))) > 1000:
             wrong = "more than 1000 tags, data names, methods or held tasks"
-        elif any(len(word) > WORD_CHARACTERS_MAX or not word.isprintable() for word in (*hello.tags, *hello.data_names, *hello.methods)):
+        elif any(len(word) > WORD_CHARACTERS_MAX or not word.isprintable() for words in _words(hello) for word in words):
             wrong = f"a tag, data name or method is longer than {WORD_CHARACTERS_MAX} characters or not printable"
         if wrong:
             return fleet_pb2.Refusal(kind=fleet_pb2.REFUSAL_KIND_INVALID, message=wrong)
@@ -212,6 +246,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _admit(self, hello: fleet_pb2.Hello, context: Context) -> Line | None:
         greeting = convert.greeting(hello, context.peer())
+        if why := ownership.greeting_objection(gate.caller(), greeting.name, greeting.device_id, self._registry.names):
+            gate.refuse(why)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, why)
         verdict = self._registry.admit(greeting, self._monotonic())
         if isinstance(verdict, Refused):
             log.warning("device=%s refused kind=%s message=%r", hello.device_name, verdict.kind, verdict.message)
@@ -258,26 +295,37 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             await context.write(message)
 
     async def _read(self, line: Line, context: Readable) -> None:
+        bucket = Bucket(self._monotonic())
         with Patience(self._registry.lease_s) as patience:
             while isinstance(message := await patience.on(context.read()), fleet_pb2.SessionRequest):
-                line.session.last_heard_s = self._monotonic()
+                now_s = line.session.last_heard_s = self._monotonic()
                 if await self._handle(line, message):
                     return
+                if pause_s := bucket.draw(now_s):
+                    if bucket.floods(now_s):
+                        gate.refuse("more messages than an agent has to send, for too long")
+                        line.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many messages for too long")
+                        return
+                    await asyncio.sleep(pause_s)
 
     async def _handle(self, line: Line, message: fleet_pb2.SessionRequest) -> bool:
         """True where the agent says goodbye."""
         device_id = line.session.greeting.device_id
         match message.WhichOneof("body"):
             case "heartbeat":
+                convert.sober_heartbeat(message.heartbeat, device_id)
                 line.telemetry = message.heartbeat
                 line.send(fleet_pb2.SessionResponse(heartbeat_reply=fleet_pb2.HeartbeatReply(sequence=message.heartbeat.sequence)))
             case "progress":
                 p = message.progress
-                self._engine.note_progress(p.task_id, device_id, p.stage, p.done, p.total, p.loss if p.HasField("loss") else None)
+                if self._is_its_own(line, p.task_id):
+                    loss = p.loss if p.HasField("loss") and math.isfinite(p.loss) else None
+                    self._engine.note_progress(p.task_id, device_id, p.stage, p.done, p.total, loss)
             case "outcome":
                 await self._outcome(line, message.outcome)
             case "log":
-                await self._log(line, message.log)
+                if self._is_its_own(line, message.log.task_id):
+                    await self._log(line, message.log)
             case "availability":
                 said = message.availability
                 self._registry.announce(line.session, said.accepts_tasks, convert.line(said.reason, 200))
@@ -290,22 +338,34 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 log.debug("device=%s sent an unknown message", line.session.greeting.name)
         return False
 
+    def _is_its_own(self, line: Line, task_id: str) -> bool:
+        """Whether a message is about a task of the device that sent it. What names no device at all is for the engine to judge."""
+        if ownership.device_of(task_id) in ("", line.session.greeting.device_id):
+            return True
+        gate.refuse("a message about another device's task")
+        return False
+
     async def _outcome(self, line: Line, outcome: fleet_pb2.TaskOutcome) -> None:
         device_id = line.session.greeting.device_id
+        if not self._is_its_own(line, outcome.task_id):
+            refused = Receipt("refused", "the task is another device's")
+            task_id = convert.line(outcome.task_id, convert.TASK_ID_CHARS_MAX)
+            line.send(fleet_pb2.SessionResponse(receipt=convert.receipt(task_id, outcome.lease, refused)))
+            return
         if not self._is_ours(outcome.epoch):
             refused = convert.foreign_epoch(outcome.epoch, self._epoch)
             line.send(fleet_pb2.SessionResponse(receipt=convert.receipt(outcome.task_id, outcome.lease, refused)))
             return
         match outcome.WhichOneof("outcome"):
             case "failure":
-                answer = await self._engine.take_failure(outcome.task_id, device_id, convert.failure(outcome.failure))
+                answer = await self._engine.admission.take_failure(outcome.task_id, device_id, convert.failure(outcome.failure))
             case "evaluation":
-                answer = await self._engine.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
+                answer = await self._engine.admission.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
             case "refusal":
                 reason = convert.line(outcome.refusal.reason, 200)
                 # Nothing more for it for a while, or it would refuse in a loop.
                 self._registry.refused(line.session, reason, self._monotonic())
-                answer = await self._engine.take_refusal(outcome.task_id, device_id, reason)
+                answer = await self._engine.admission.take_refusal(outcome.task_id, device_id, reason)
             case _:
                 return
         message: messages_pb2.Receipt = convert.receipt(outcome.task_id, outcome.lease, answer)
@@ -313,13 +373,28 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _log(self, line: Line, message: fleet_pb2.TaskLog) -> None:
         """Bounded per task: a chatty child must not fill the coordinator's disk."""
-        task_id = message.task_id[:300]
-        if len(line.logged_lines) > 1000:
-            line.logged_lines.clear()
-        room = 2000 - line.logged_lines.get(task_id, 0)
+        task_id = message.task_id[: convert.TASK_ID_CHARS_MAX]
+        job = self._engine.job_of_task(task_id)
+        if job is None or _round_of(task_id) < job.machine.committed - LOG_ROUNDS_BACK:
+            return
+        counts = self._logged.setdefault(line.session.greeting.device_id, {})
+        room = LOG_LINES_MAX - counts.get(task_id, 0)
         lines = [convert.line(text, 1000) for text in message.lines[: max(0, room)]]
         if lines:
-            line.logged_lines[task_id] = line.logged_lines.get(task_id, 0) + len(lines)
+            counts[task_id] = counts.pop(task_id, 0) + len(lines)
+            if len(counts) > LOGGED_TASKS_MAX:
+                del counts[next(iter(counts))]  # the one that was silent for longest
             greeting = line.session.greeting
             with contextlib.suppress(asyncio.QueueFull):
-                await self._engine.add_log(task_id, greeting.device_id, greeting.name, lines)
+                await self._engine.admission.add_log(task_id, greeting.device_id, greeting.name, lines)
+
+
+def _round_of(task_id: str) -> int:
+    """Its round, -1 for what is no task's id."""
+    number = task_id.split("/", 2)[1:2]
+    return int(number[0]) if number and number[0].isascii() and number[0].isdigit() and len(number[0]) < 10 else -1
+
+
+def _words(hello: fleet_pb2.Hello) -> tuple[Sequence[str], ...]:
+    """What an agent calls things, as it came."""
+    return hello.tags, hello.data_names, hello.train_data_names, hello.validation_data_names, hello.methods

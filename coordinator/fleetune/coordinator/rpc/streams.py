@@ -6,11 +6,15 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Coroutine
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
 from fleetune.waiting import within
+
+HANG_UP_S = 1.0
+"""How long the last word to the other end may wait for it to read."""
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -20,6 +24,24 @@ class Readable(Protocol):
     """The part of a servicer context that reads; the end of the stream is an object of its own."""
 
     def read(self) -> Coroutine[Any, Any, Any]: ...  # Any: the stubs leave the end of the stream out
+
+
+class Abortable(Protocol):
+    """The part of a servicer context that ends a call."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: tuple[()] = ...) -> NoReturn: ...
+
+
+async def hang_up(context: Abortable, code: grpc.StatusCode, details: str) -> NoReturn:
+    """End a call with `code`, also where the other end reads nothing: the status waits behind what it has not read.
+
+    Then the call ends without one: a handler that is cancelled lets go of its stream, and gRPC resets it.
+    """
+    try:
+        await within(HANG_UP_S, context.abort(code, details))
+    except asyncio.TimeoutError:
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort has returned")
 
 
 async def next_message(context: Readable, within_s: float, kind: type[M]) -> M | None:

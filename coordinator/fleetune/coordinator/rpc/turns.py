@@ -28,10 +28,12 @@ class _Turn:
     def __init__(self, quick: asyncio.Semaphore, all_: asyncio.Semaphore, quick_s: float) -> None:
         self._quick = quick
         self._all = all_
+        self.aside = False
+        """Whether it has lost its place: it takes long, and should hold little memory meanwhile."""
         self._quick_s = quick_s
         self._timer: asyncio.TimerHandle | None = None
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> _Turn:
         await self._all.acquire()
         try:
             await self._quick.acquire()
@@ -39,6 +41,7 @@ class _Turn:
             self._all.release()
             raise
         self._timer = asyncio.get_running_loop().call_later(self._quick_s, self._step_aside)
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._timer is not None:
@@ -48,4 +51,5 @@ class _Turn:
 
     def _step_aside(self) -> None:
         self._timer = None
+        self.aside = True
         self._quick.release()

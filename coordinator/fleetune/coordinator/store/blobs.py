@@ -94,6 +94,13 @@ class BlobStore:
         """Remove what has arrived for `key`, unless a stream is writing it just now."""
         _removed_if_idle(self._spool_path(key, ref), math.inf)
 
+    def clean_spool_of(self, key: str, ref: Addressed) -> int:
+        """Remove what has arrived for `key` under other addresses than `ref` and is not being written; how many files."""
+        keep, prefix = self._spool_path(key, ref), f"{_key_part(key)}-"
+        with os.scandir(self._spool) as entries:
+            others = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and entry.name != keep.name]
+        return sum(_removed_if_idle(path, math.inf) for path in others)
+
     def adopt(self, spool: Spool) -> str:
         """Verify a spool, make its bytes durable and move it to its place; returns the digest. WireError removes the spool.
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from fleetune.coordinator.store import copies, migrations, schema
-from fleetune.errors import ConfigError
+from fleetune.errors import ConfigError, DurabilityError
 from fleetune.workers import Workers
 
 log = logging.getLogger("fleetune.store")
@@ -23,6 +23,8 @@ log = logging.getLogger("fleetune.store")
 T = TypeVar("T")
 
 BUSY_TIMEOUT_MS = 5000
+
+_LOOK = "Look at the disk's health, then start again: what was acknowledged before is there."
 
 
 class Database:
@@ -35,6 +37,9 @@ class Database:
         # An in-memory database is one connection: its readers take turns with the writer.
         self._reader = Workers("db-reader") if path else self._writer
         self._engine = _engine(path)
+        self.on_broken: Callable[[DurabilityError], None] = _ignore
+        """Hears of a write that the disk did not take for another reason than want of room, whoever asked for it and whatever that one
+        makes of the error: nothing is known of the file from then on."""
 
     async def open(self) -> None:
         """Create what is missing, upgrade what is older after copying it aside.
@@ -56,7 +61,12 @@ class Database:
             with self._engine.begin() as tx:
                 return change(tx)
 
-        return await self._writer.run(run)
+        try:
+            return await self._writer.run(run)
+        except DatabaseError as error:
+            if _is_broken(error):
+                self.on_broken(DurabilityError(f"The database {self._path} does not take what is written: {error.orig}.", _LOOK))
+            raise
 
     async def try_write(self, change: Callable[[Connection], object]) -> bool:
         """As `write`, for what may be missing: False where the disk is full."""
@@ -81,6 +91,16 @@ class Database:
         await self._writer.run(self._engine.dispose)
         self._writer.close()
         self._reader.close()
+
+
+def _is_broken(error: DatabaseError) -> bool:
+    """Whether the disk failed: a read or a write that the system did not do, or a file that is no database any more."""
+    told = str(error.orig)
+    return isinstance(error.orig, sqlite3.Error) and ("disk I/O error" in told or "malformed" in told or "file is not a database" in told)
+
+
+def _ignore(error: DurabilityError) -> None:
+    return
 
 
 def _engine(path: Path | None) -> Engine:

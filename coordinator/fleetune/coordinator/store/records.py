@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,8 +17,14 @@ from fleetune.coordinator.store import schema
 
 LOG_LINES_PER_JOB = 20_000
 
+ROUNDS_AT_ONCE = 20
+"""Rows of rounds that a reader holds: one of a hundred devices has 50 KB and more."""
+
 EPOCH_KEY = "epoch"
 """In `meta`: changes with every restore, so that results of a lost future are told apart."""
+
+LOST_KEY = "lost"
+"""In `meta`, where this database came out of a backup: from and to, in Unix seconds, of the time that it knows nothing of."""
 
 RESTORED_KEY = "restored"
 """In `meta`, where this database came out of a backup: since when and of which time, for people."""
@@ -81,6 +87,8 @@ class DeviceRow:
     updates_accepted: int = 0
     failures: int = 0
     last_failure: str = ""
+    quarantine: str = ""
+    """Why it gets no tasks; empty: it is not in quarantine."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,16 @@ def save_round(tx: Connection, job_id: str, entry: RoundEntry) -> None:
     )
 
 
-def load_rounds(connection: Connection, job_id: str) -> list[RoundEntry]:
-    rows = connection.execute(select(schema.rounds.c.entry).where(schema.rounds.c.job_id == job_id).order_by(schema.rounds.c.round))
-    entries = [_round_json.validate_json(cast(str, r.entry)) for r in rows]
-    return [entry for entry in entries if entry is not None]
+def load_rounds(connection: Connection, job_id: str, first: int = 1, last: int | None = None) -> Iterator[RoundEntry]:
+    """The committed rounds `first` to `last` in order, one in memory at a time. To be read within the transaction of `connection`."""
+    rounds = schema.rounds.c
+    question = select(rounds.entry).where(rounds.job_id == job_id, rounds.round >= first).order_by(rounds.round)
+    if last is not None:
+        question = question.where(rounds.round <= last)
+    for row in connection.execute(question.execution_options(yield_per=ROUNDS_AT_ONCE)):
+        entry = _round_json.validate_json(cast(str, row.entry))
+        assert entry is not None
+        yield entry
 
 
 def add_events(tx: Connection, rows: Sequence[EventRow]) -> None:
@@ -199,7 +213,7 @@ def blob_digests(connection: Connection) -> set[str]:
 
 
 def save_device(tx: Connection, row: DeviceRow) -> None:
-    """Insert, or refresh everything but the counters and the first sight."""
+    """Insert, or refresh everything but the counters, the first sight and the quarantine."""
     statement = upsert(schema.devices).values(**row.__dict__)
     tx.execute(
         statement.on_conflict_do_update(

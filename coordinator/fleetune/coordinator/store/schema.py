@@ -9,9 +9,9 @@ the events that changed it. `events` is the history for people and for checkers;
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table, Text
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table, Text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -84,6 +84,8 @@ devices = Table(
     Column("updates_accepted", Integer, nullable=False, default=0),
     Column("failures", Integer, nullable=False, default=0),
     Column("last_failure", Text, nullable=False, default=""),
+    # Why it gets no tasks until an operator releases it; empty: it is not in quarantine.
+    Column("quarantine", Text, nullable=False, default="", server_default=""),
 )
 
 blobs = Table(
@@ -116,13 +118,69 @@ audit = Table(
     metadata,
     Column("sequence", Integer, primary_key=True, autoincrement=True),
     Column("unix_s", Float, nullable=False),
-    # Who asked: the peer's address.
+    # Who asked: name and the peer's address.
     Column("actor", String, nullable=False),
-    # "submit", "cancel", "pause", "resume" or "restore"
+    # "submit", "cancel", "pause", "resume", "restore", "join", "revoke", "token create" and so on
     Column("action", String, nullable=False),
-    # What it was about: a job's id, or the name that was asked for where there is none.
+    # What it was about: a job's id, a device, an operator, a token's id, or the name that was asked for where there is none.
     Column("subject", String, nullable=False),
     # "done" or "refused"
     Column("outcome", String, nullable=False),
     Column("detail", Text, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    # Hex SHA-256 of the secret, which is kept nowhere.
+    Column("digest", String, primary_key=True),
+    # "agent" or "operator"
+    Column("kind", String, nullable=False),
+    Column("role", Integer, nullable=False),
+    # The only name that it is good for; empty: any.
+    Column("name", String, nullable=False),
+    Column("replace", Boolean, nullable=False),
+    Column("uses", Integer, nullable=False),
+    Column("uses_left", Integer, nullable=False),
+    Column("created_unix_s", Float, nullable=False),
+    Column("expires_unix_s", Float, nullable=False),
+    Column("creator", String, nullable=False),
+    # 0: not revoked
+    Column("revoked_unix_s", Float, nullable=False),
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    # Hex SHA-256 of its DER. One that is not in this table is not taken.
+    Column("fingerprint", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("device_id", String, nullable=False),
+    Column("role", Integer, nullable=False),
+    # Fingerprint of the root that signed it, and digest of the roots that went with it.
+    Column("authority", String, nullable=False),
+    Column("roots", String, nullable=False),
+    # The token that it was given for; empty: renewed, or made by `fleetune init`.
+    Column("token_id", String, nullable=False),
+    Column("not_before_unix_s", Float, nullable=False),
+    Column("not_after_unix_s", Float, nullable=False),
+    Column("issued_unix_s", Float, nullable=False),
+    # 0: nobody has come in with it yet
+    Column("used_unix_s", Float, nullable=False),
+    # 0: not revoked
+    Column("revoked_unix_s", Float, nullable=False),
+    # Who may have a name.
+    Index("certificates_by_name", "kind", "name"),
+    Index("certificates_by_device", "device_id"),
+)
+
+# Names that are refused whatever certificate they show: all there is to refuse by where another authority makes the certificates.
+revoked_identities = Table(
+    "revoked_identities",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("revoked_unix_s", Float, nullable=False),
+    Column("reason", Text, nullable=False),
 )

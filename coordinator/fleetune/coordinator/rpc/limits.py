@@ -1,0 +1,40 @@
+"""How fast one device may talk: a bucket that fills with time, and patience with who draws more than that. Pure: `now` is an argument."""
+
+from __future__ import annotations
+
+MESSAGES_PER_S = 100.0
+"""On one control stream, in the long run. An agent sends a heartbeat and a few words of progress a second."""
+
+BURST = 1000.0
+"""After a reconnect an agent may have the outcomes and logs of many tasks to tell."""
+
+PERSISTS_S = 60.0
+"""Who has been held back all the time for so long floods on purpose, or is broken."""
+
+
+class Bucket:
+    """Of one stream: `draw` for each message."""
+
+    def __init__(self, now_s: float, rate: float = MESSAGES_PER_S, burst: float = BURST) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = burst
+        self._at_s = now_s
+        self._empty_since_s: float | None = None
+
+    def draw(self, now_s: float) -> float:
+        """Take one message; how long to wait before the next is read, seconds. Meanwhile flow control holds the other end."""
+        self._left = min(self._burst, self._left + (now_s - self._at_s) * self._rate)
+        self._at_s = now_s
+        self._left -= 1.0
+        if self._left >= 0.0:
+            if self._left >= self._burst / 10:
+                self._empty_since_s = None
+            return 0.0
+        if self._empty_since_s is None:
+            self._empty_since_s = now_s
+        return -self._left / self._rate
+
+    def floods(self, now_s: float) -> bool:
+        """Whether it has been drawn from without a pause for too long."""
+        return self._empty_since_s is not None and now_s - self._empty_since_s > PERSISTS_S
