@@ -82,11 +82,11 @@ SETTINGS: tuple[Setting, ...] = (
         1000,
     ),
     Setting(
-        "uploads_at_once",
+        "transfers_at_once",
         Kind.INTEGER,
-        2,
-        "Updates received at once, not counting slow ones; the others wait. Bounds memory and keeps disks streaming.",
-        "uploads",
+        3,
+        "Updates and states on their way at once, not counting slow ones; the others wait. Bounds memory and keeps disks streaming.",
+        "transfers",
         1,
         1024,
     ),
@@ -143,7 +143,7 @@ class CoordinatorConfig:
     heartbeat_s: float
     lease_s: float
     parallel_jobs: int
-    uploads_at_once: int
+    transfers_at_once: int
     max_update_bytes: int
     keep_rounds: int
     certificate_days: int
@@ -185,7 +185,7 @@ def load(
         heartbeat_s=found.number("heartbeat_s"),
         lease_s=found.number("lease_s"),
         parallel_jobs=found.integer("parallel_jobs"),
-        uploads_at_once=found.integer("uploads_at_once"),
+        transfers_at_once=found.integer("transfers_at_once"),
         max_update_bytes=found.integer("max_update_mib") * 1024**2,
         keep_rounds=found.integer("keep_rounds"),
         certificate_days=found.integer("certificate_days"),

@@ -160,7 +160,7 @@ async def running(config: CoordinatorConfig) -> AsyncGenerator[Running]:
             fleet = FleetService(engine, registry, database, version=_version(), heartbeat_s=config.heartbeat_s, epoch=epoch)
             engine.attach(fleet)
             blob_service = BlobService(
-                engine, blobs, uploads_at_once=config.uploads_at_once, max_update_bytes=config.max_update_bytes, epoch=epoch
+                engine, blobs, transfers_at_once=config.transfers_at_once, max_update_bytes=config.max_update_bytes, epoch=epoch
             )
             gate = Gate(roster.standing, plaintext=tls is None)
             most = ("grpc.max_allowed_incoming_connections", descriptors.connections_max())

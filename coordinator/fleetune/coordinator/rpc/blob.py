@@ -31,11 +31,8 @@ IDLE_S = 60.0
 SLOWEST_BYTES_PER_S = 1024
 """An upload that is slower in the long run holds a place for nothing, on purpose or not; the agent resumes it."""
 
-DOWNLOADS_AT_ONCE = 3
-"""While they are quick: each holds a few chunks in memory, and a device that has its state early computes while others fetch theirs."""
-
 TRANSFERS_AT_MOST = 64
-"""In each direction, with those that are slow: about 4 MiB of memory each."""
+"""With those that are slow."""
 
 QUICK_S = 0.5
 """A transfer that takes longer goes on without a place among the quick ones."""
@@ -62,11 +59,11 @@ _UploadContext = grpc.aio.ServicerContext[frames.Upload, blob_pb2.UploadResponse
 
 
 class BlobService:
-    def __init__(self, engine: Engine, blobs: BlobStore, *, uploads_at_once: int, max_update_bytes: int, epoch: int) -> None:
+    def __init__(self, engine: Engine, blobs: BlobStore, *, transfers_at_once: int, max_update_bytes: int, epoch: int) -> None:
         self._engine = engine
         self._blobs = blobs
-        self._uploads = Turns(uploads_at_once, max(uploads_at_once, TRANSFERS_AT_MOST), QUICK_S)
-        self._downloads = self._uploads = Turns(3, TRANSFERS_AT_MOST, QUICK_S)
+        # Of both directions: each holds a few chunks in memory, and a device that has its state early computes while others fetch theirs.
+        self._transfers = Turns(transfers_at_once, max(transfers_at_once, TRANSFERS_AT_MOST), QUICK_S)
         self._max_update_bytes = max_update_bytes
         self._epoch = epoch
         self._disk = Workers("blob-disk", DISK_THREADS)
@@ -89,7 +86,7 @@ class BlobService:
         if why := self._download_objection(request.digest):
             gate.refuse(why)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no blob for this caller: {why}")
-        async with self._downloads.one() as turn:
+        async with self._transfers.one() as turn:
             try:
                 fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
             except WireError as error:
@@ -203,7 +200,7 @@ class BlobService:
         spool: Spool | None = None
         try:
             # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
-            async with self._uploads.one():
+            async with self._transfers.one():
                 spool = await self._opened(header, arrived)
                 arrived.clear()
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
