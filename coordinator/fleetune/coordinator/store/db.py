@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -44,10 +45,12 @@ class Database:
     async def open(self) -> None:
         """Create what is missing, upgrade what is older after copying it aside.
 
-        Raises ConfigError for a file that is no database or is newer than this program, DiskFullError where the copy has no room.
+        Raises ConfigError for a file that is no database or is newer than this program, DiskFullError where the copy has no room,
+        DurabilityError where the folder cannot be flushed.
         """
         try:
             await self._writer.run(_prepare, self._engine, self._path)
+            await self._writer.run(_flush_folder, self._engine, self._path)
         except (DatabaseError, sqlite3.DatabaseError) as error:  # the driver's own where the very first statement fails
             reason = error.orig if isinstance(error, DatabaseError) else error
             raise ConfigError(
@@ -140,6 +143,21 @@ def _prepare(engine: Engine, path: Path | None) -> None:
         with _exclusive(engine) as tx:
             _upgrade(tx, found)
         log.warning("database upgraded from schema version %d to %d, the one before is kept as %s", found, schema.SCHEMA_VERSION, kept)
+
+
+def _flush_folder(engine: Engine, path: Path | None) -> None:
+    """Make it durable that there is a log. SQLite flushes the folder, too, as it begins the log, but tells nobody where that fails."""
+    if path is None:
+        return
+    with engine.begin() as tx:
+        tx.execute(update(schema.meta).where(schema.meta.c.key == "schema_version").values(value=schema.meta.c.value))
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise DurabilityError(f"The folder {path.parent} does not take what is written: {error.strerror}.", _LOOK) from error
+    finally:
+        os.close(descriptor)
 
 
 def _found(connection: Connection, path: Path | None) -> int | None:
