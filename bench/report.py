@@ -42,7 +42,8 @@ PEERS = {
 }
 """Seconds a round of Flower 1.34 (its last gRPC) / 1.41, and of NVFLARE 2.9."""
 
-BEGIN, END = "<!-- rounds:begin -->", "<!-- rounds:end -->"
+TLS_FACTOR = 1.5
+"""What rounds with TLS may take of what those without it may: the floors have none."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def verdicts(point: Point) -> list[Verdict]:
     """The targets that this point can tell of."""
     product = point.product
     slack_s = SMALL_ROUND_S if point.mib <= SMALL_MIB else 0.0
+    factor = 1.0 if point.plaintext else TLS_FACTOR
     found = [
-        Verdict("round, median", product.median_s, FLOOR_FACTOR * point.durable.median_s + slack_s, "s"),
+        Verdict("round, median", product.median_s, factor * (FLOOR_FACTOR * point.durable.median_s + slack_s), "s"),
         Verdict("coordinator RssAnon, peak", product.coordinator_anon_peak_bytes / MIB, MEMORY_MIB + MEMORY_STATES * point.mib, "MiB"),
         Verdict("agent idle, resident", product.agent_idle_bytes / MIB, AGENT_IDLE_MIB, "MiB"),
         Verdict(f"agent moving {point.mib} MiB, resident peak", product.agent_peak_bytes / MIB, AGENT_MOVING_MIB, "MiB"),
@@ -106,22 +108,16 @@ def text(point: Point) -> str:
     return "\n".join(lines)
 
 
-def write(points: Sequence[Point], command: str, page: Path) -> None:
-    """Put the table between the page's markers."""
-    old = page.read_text(encoding="utf-8") if page.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(points, command)}\n{END}{after}", encoding="utf-8")
-
-
 def table(points: Sequence[Point], command: str) -> str:
     """Markdown: the machine, a line for each point, the verdicts."""
+    how = "without TLS" if points[0].plaintext else "with mutual TLS, as they are by default"
     lines = [
-        "## Rounds: the real daemons beside bare gRPC",
+        f"## Rounds {how}: the real daemons beside bare gRPC",
         "",
         "Real coordinator and agents as processes, method `echo`: every device fetches a state of S MiB, adds a constant to every element",
         "and sends all of it back; every element of the result is checked. The *net* floor is bare grpc.aio on uvloop moving the same,",
         "the *durable* floor hashes, writes and fsyncs each update as well before it acknowledges it (bench/floors.py).",
+        "The floors never have TLS.",
         "",
         f"Measured on {datetime.date.today().isoformat()} with `{command}` on {machine()}.",
         "",

@@ -28,6 +28,7 @@ from types import FrameType
 import floors
 import numpy as np
 import report
+import sections
 from fleet import Fleet
 from meters import Meter, memory
 
@@ -76,6 +77,8 @@ class Point:
     product: Product
     net: floors.Floor
     durable: floors.Floor
+    plaintext: bool
+    """The floors never have TLS: this tells whether the product did without it, too."""
 
 
 def measure(agents: int, mib: int, rounds: int, warmup: int, folder: Path, *, plaintext: bool = False) -> Point:
@@ -86,7 +89,7 @@ def measure(agents: int, mib: int, rounds: int, warmup: int, folder: Path, *, pl
         product = asyncio.run(_measure_product(agents, mib, rounds, warmup, Path(place), plaintext))
     after = [floors.measure(agents, mib, rounds, warmup, folder, durable=durable) for durable in (False, True)]
     net, durable = (_both(first, second) for first, second in zip(before, after, strict=True))
-    return Point(agents, mib, rounds, product, net, durable)
+    return Point(agents, mib, rounds, product, net, durable, plaintext)
 
 
 def check_space(agents: int, mib: int, folder: Path) -> None:
@@ -221,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.json.write_text(json.dumps([as_json(point) for point in points], indent=2) + "\n", encoding="utf-8")
     if given.table:
         command = f"python bench/rounds.py --table --rounds {given.rounds}{' --plaintext' if given.plaintext else ''}"
-        report.write(points, command, Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md")
+        sections.put("rounds" if given.plaintext else "rounds-tls", report.table(points, command))
     return 0 if all(point.product.exact for point in points) else 1
 
 
