@@ -76,7 +76,9 @@ def test_a_depth_that_the_model_lacks_is_no_crash(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_child_and_leaves_no_traceback(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "fleetune.agent.cli", "probe", "--cores", "1", "--state-dir", str(tmp_path)]
+    # Whoever runs the tests in the background of a script has SIGINT ignored, and children inherit that.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fleetune.agent.cli import main; main()"
+    program = [sys.executable, "-c", start, "probe", "--cores", "1", "--state-dir", str(tmp_path)]
     environment = {**os.environ, "HOME": str(tmp_path)}
     probe = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     me = psutil.Process(probe.pid)
