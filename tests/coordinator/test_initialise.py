@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_it_makes_an_authority_and_an_administrator(tmp_path: Path) -> None:
     assert ada.roots == (tmp_path / "state" / "tls" / "roots.pem").read_bytes()
     assert done.new_authority
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "ada").iterdir()} == {0o600}
-    with sqlite3.connect(tmp_path / "state" / "coordinator.sqlite") as raw:
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "coordinator.sqlite")) as raw:
         assert raw.execute("SELECT kind, name, role FROM certificates").fetchall() == [("operator", "ada", 3)]
         assert raw.execute("SELECT actor, subject FROM audit").fetchall() == [("fleetune init", "operator ada")]
 
