@@ -91,15 +91,14 @@ class Link:
         stream = asyncio.ensure_future(self._carry(reader, writer))
         self._streams.add(stream)
         stream.add_done_callback(self._streams.discard)
+        stream.add_done_callback(lambda _: writer.transport.abort())  # also where it was cut before its first step
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not self._open:
-            writer.transport.abort()
             return
         try:
             their_reader, their_writer = await asyncio.open_connection(*self._target)
         except OSError:
-            writer.transport.abort()
             return
         pumps = [
             asyncio.ensure_future(self._pump(reader, their_writer, up=True)),
@@ -111,7 +110,6 @@ class Link:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            writer.transport.abort()
             their_writer.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool) -> None:
