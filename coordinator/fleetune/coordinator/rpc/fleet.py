@@ -143,13 +143,15 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     async def _converse(self, line: Line, context: Context) -> None:
         """Greet, then read and write until one side ends."""
         name = line.session.greeting.name
-        await self._save(line.session.greeting, line.hello)
         log.info("device=%s online id=%s address=%s", name, line.session.greeting.device_id, line.session.greeting.address)
         ours = [task for task in line.hello.held if self._is_ours(task.epoch) and self._is_its_own(line, task.task_id)]
         held = frozenset(task.task_id for task in ours)
         running = frozenset(task.task_id for task in ours if task.stage == fleet_pb2.HELD_STAGE_RUNNING)
         self._drop_foreign(line)
+        # Nothing may wait between the session's admission and this: a task that the engine gave it meanwhile would count as not held, and
+        # be given once more.
         self._engine.device_online(line.session, held, running)
+        await self._save(line.session.greeting, line.hello)
         writer = asyncio.create_task(self._write(line, context), name=f"to {name}")
         reader = asyncio.create_task(self._read(line, context), name=f"from {name}")
         cutter = asyncio.create_task(line.cut.wait(), name=f"cut {name}")
