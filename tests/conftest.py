@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("no-deadline")
 TORCH_INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft"))
 # Whole folders whose subject loads a model, or starts a child process that does.
 TORCH_FOLDERS = ("model", "agent/trainer", "agent/methods", "coordinator/modelhost", "e2e")
-TORCH_IMPORT = re.compile(r"^\s*(?:import|from)\s+(?:torch|transformers|peft|accelerate|fleetune\.model|support\.tiny_models)\b", re.MULTILINE)
+TORCH_MODULES = r"torch|transformers|peft|accelerate|fleetune\.model|support\.tiny_models"
+TORCH_IMPORT = re.compile(rf"^\s*(?:import|from)\s+(?:{TORCH_MODULES})\b", re.MULTILINE)
 
 
 def _needs_torch(file: Path) -> bool:

@@ -353,7 +353,8 @@ class Roster:
         It was renewed then, and is of our authority, since the handshake found it sound. Whoever joined in that time is not known.
         """
         made = principal.begins_unix_s + BACKDATE_S
-        if self._lost is None or not self._lost[0] <= made <= self._lost[1]:
+        # Certificates count in whole seconds: one that was made right after the backup may seem to be from a moment before it.
+        if self._lost is None or not self._lost[0] - 1.0 <= made <= self._lost[1]:
             return None
         known = [
             row
