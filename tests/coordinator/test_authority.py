@@ -14,6 +14,7 @@ from fleetune.coordinator import authority, principal
 from fleetune.coordinator.authority import Authority
 from fleetune.coordinator.principal import Role
 from fleetune.errors import ConfigError
+from fleetune.wire import keys
 from fleetune.wire.identity import SERVER_NAME
 
 NOW = 1_800_000_000.0
@@ -22,7 +23,7 @@ DAY_S = 86_400.0
 
 @pytest.fixture(scope="module")
 def fleet() -> Authority:
-    key = authority.make_key()
+    key = keys.make_key()
     return authority.load(key, authority.make_root(key, NOW))
 
 
@@ -52,11 +53,11 @@ def test_names_in_a_request_are_ignored(fleet: Authority) -> None:
 
 
 def test_a_certificate_is_for_one_purpose_and_signs_no_others(fleet: Authority) -> None:
-    issued = fleet.sign_operator(authority.make_request(authority.make_key()), "ada", Role.VIEW, 30, NOW)
+    issued = fleet.sign_operator(keys.request_for(keys.make_key()), "ada", Role.VIEW, 30, NOW)
     extensions = made(issued.certificate).extensions
     assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    server = authority.certificates(fleet.server_certificate(authority.make_key(), NOW))
+    server = authority.certificates(fleet.server_certificate(keys.make_key(), NOW))
     assert list(server[0].extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.SERVER_AUTH]
     names = server[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == [SERVER_NAME]
@@ -64,11 +65,11 @@ def test_a_certificate_is_for_one_purpose_and_signs_no_others(fleet: Authority) 
 
 
 def test_it_is_good_from_a_little_before_and_never_longer_than_its_root(fleet: Authority) -> None:
-    issued = fleet.sign_agent(authority.make_request(authority.make_key()), "pi", "device-0001", 30, NOW)
+    issued = fleet.sign_agent(keys.request_for(keys.make_key()), "pi", "device-0001", 30, NOW)
     assert issued.not_before_unix_s == NOW - 300
     assert issued.not_after_unix_s == NOW + 30 * DAY_S
     late = fleet.root.not_valid_after_utc.timestamp() - 5 * DAY_S
-    assert fleet.sign_agent(authority.make_request(authority.make_key()), "pi", "device-0001", 30, late).not_after_unix_s == (
+    assert fleet.sign_agent(keys.request_for(keys.make_key()), "pi", "device-0001", 30, late).not_after_unix_s == (
         fleet.root.not_valid_after_utc.timestamp()
     )
 
@@ -105,7 +106,7 @@ def test_a_request_that_another_key_signed_is_refused(fleet: Authority) -> None:
 
 
 def test_no_bytes_whatever_make_it_fail_otherwise(fleet: Authority) -> None:
-    whole = authority.make_request(authority.make_key())
+    whole = keys.request_for(keys.make_key())
     for broken in [
         b"",
         b"\x30",
@@ -123,4 +124,4 @@ def spoiled(data: bytes, place: int) -> bytes:
 
 def test_a_key_and_roots_that_do_not_belong_together_are_no_authority() -> None:
     with pytest.raises(ConfigError, match="none of the roots"):
-        authority.load(authority.make_key(), authority.make_root(authority.make_key(), time.time()))
+        authority.load(keys.make_key(), authority.make_root(keys.make_key(), time.time()))

@@ -20,6 +20,7 @@ from fleetune.coordinator.principal import Role
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.tokens import Token, Wish
 from fleetune.v1 import control_pb2_grpc, registry_pb2_grpc
+from fleetune.wire import keys
 from fleetune.wire.identity import SERVER_NAME, Facts, Identity
 from support.certificates import Authority, Pair
 from support.coordinating import settings
@@ -41,11 +42,11 @@ class Guarded:
 
     async def enrol(self, name: str, device_id: str = "", role: Role = Role.NONE) -> Pair:
         """Join as a device, or as an operator of `role`."""
-        now, secret, key = time.time(), tokens.make(), authority.make_key()
+        now, secret, key = time.time(), tokens.make(), keys.make_key()
         kind: Literal["agent", "operator"] = "agent" if device_id else "operator"
         token = Token(tokens.digest(secret), kind, role, name, False, 1, 1, now, now + 3600, "a test")
         await self.running.roster.create_token(token, "a test")
-        enrolled = await self.running.roster.join(secret, Wish(name, device_id), authority.make_request(key), "127.0.0.1")
+        enrolled = await self.running.roster.join(secret, Wish(name, device_id), keys.request_for(key), "127.0.0.1")
         return Pair(key, enrolled.certificate)
 
     def open(self, pair: Pair) -> Any:  # Any: raw calls have no types

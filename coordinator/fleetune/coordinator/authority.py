@@ -107,13 +107,6 @@ class Authority:
         )
 
 
-def make_key() -> bytes:
-    """A new P-256 key: PEM, PKCS #8, not encrypted."""
-    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
 def make_root(key: bytes, now_unix_s: float) -> bytes:
     """PEM of a self-signed root for `key`. Its name is its own, so that two roots in one file are told apart."""
     private = private_key(key)
@@ -143,12 +136,6 @@ def load(key: bytes, roots_pem: bytes) -> Authority:
         raise ConfigError("the authority's key belongs to none of the roots.", "Restore the folder tls/ from a backup.")
     ordered = [mine, *(root for root in roots if root is not mine)]
     return Authority(mine, private, b"".join(map(pem_of, ordered)))
-
-
-def make_request(key: bytes) -> bytes:
-    """DER of a signing request for `key`, without names: the authority gives them."""
-    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(private_key(key), hashes.SHA256())
-    return request.public_bytes(serialization.Encoding.DER)
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:

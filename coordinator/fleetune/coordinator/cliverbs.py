@@ -39,42 +39,31 @@ C = TypeVar("C", bound="Client")
 _WAY = "fleetune.way"
 
 
-class Verb(click.Command):
+class _Shown(click.Command):
+    """Help that ends with examples and exit codes."""
+
+    def __init__(
+        self, *args: Any, examples: Sequence[str] = (), codes: Sequence[ExitCode] = (), **settings: Any
+    ) -> None:  # Any: click's own
+        super().__init__(*args, **settings)
+        self.examples = tuple(examples)
+        self.codes = tuple(codes)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples as they are typed, then the codes."""
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+        with formatter.section("Exit codes"):
+            formatter.write_text(sentence(*self.codes))
+
+
+class Verb(_Shown):
     """A command whose help ends with examples and its exit codes."""
 
-    def __init__(
-        self, *args: Any, examples: Sequence[str] = (), codes: Sequence[ExitCode] = (), **settings: Any
-    ) -> None:  # Any: click's own
-        super().__init__(*args, **settings)
-        self.examples = tuple(examples)
-        self.codes = tuple(codes)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples as they are typed, then the codes."""
-        write_epilog(formatter, self.examples, self.codes)
-
-
-class VerbGroup(click.Group):
+class VerbGroup(_Shown, click.Group):
     """A verb with verbs of its own. With `listing`, the bare verb has options and lists what there is."""
-
-    def __init__(
-        self, *args: Any, examples: Sequence[str] = (), codes: Sequence[ExitCode] = (), **settings: Any
-    ) -> None:  # Any: click's own
-        super().__init__(*args, **settings)
-        self.examples = tuple(examples)
-        self.codes = tuple(codes)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples as they are typed, then the codes."""
-        write_epilog(formatter, self.examples, self.codes)
-
-
-def write_epilog(formatter: click.HelpFormatter, examples: Sequence[str], codes: Sequence[ExitCode]) -> None:
-    with formatter.section("Examples"):
-        for example in examples:
-            formatter.write(f"{'':{formatter.current_indent}}{example}\n")
-    with formatter.section("Exit codes"):
-        formatter.write_text(sentence(*codes))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from fleetune.coordinator import authority, certificates, operator, statelock, tlsfolder
+from fleetune.coordinator import certificates, operator, statelock, tlsfolder
 from fleetune.coordinator.config import CoordinatorConfig, is_wildcard
 from fleetune.coordinator.faults import FolderInUseError
 from fleetune.coordinator.principal import NAME, Role
 from fleetune.coordinator.store import identities, records
 from fleetune.coordinator.store.db import Database
 from fleetune.errors import ConfigError
+from fleetune.wire import keys
 from fleetune.wire.identity import SERVER_NAME, Facts, Identity
 
 
@@ -78,9 +79,9 @@ def _holds_identity(folder: Path) -> bool:
 
 
 def _operator(material: tlsfolder.Material, name: str, config: CoordinatorConfig, now: float) -> tuple[Identity, identities.CertificateRow]:
-    key = authority.make_key()
+    request = keys.make_request(name)
     signing = material.authority
-    issued = signing.sign_operator(authority.make_request(key), name, Role.ADMIN, config.certificate_days, now)
+    issued = signing.sign_operator(request.signing_request, name, Role.ADMIN, config.certificate_days, now)
     facts = Facts(
         kind="operator",
         name=name,
@@ -91,7 +92,7 @@ def _operator(material: tlsfolder.Material, name: str, config: CoordinatorConfig
         not_after_unix_s=issued.not_after_unix_s,
     )
     row = certificates.made_here(issued, signing, name, Role.ADMIN, now)
-    return Identity(facts, key, issued.certificate, signing.roots_pem), row
+    return Identity(facts, request.key, issued.certificate, signing.roots_pem), row
 
 
 def _here(listen: str) -> str:

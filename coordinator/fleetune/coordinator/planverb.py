@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from fleetune.coordinator import cliverbs
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.errors import ConfigError
 
@@ -37,7 +37,6 @@ CODES = (ExitCode.INFEASIBLE, ExitCode.MACHINE)
 
 SOLVERS = ("exact", "crunch-equal", "dual", "random-equal", "greedy-equal", "best-single")
 
-_PLAIN_WIDTH = 120
 _UNITS = {"bit/s": "bit/s", "hz": "Hz", "airtime": "of the airtime"}
 _METHODS = {
     "deft": "DEFT, this plan",
@@ -95,7 +94,7 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(plan_json(made, reasons, predicted), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
-        _show(_console(context), fleet, made, reasons, predicted)
+        _show(cliverbs.console(context), fleet, made, reasons, predicted)
     return ExitCode.OK if made.feasible else ExitCode.INFEASIBLE
 
 
@@ -127,15 +126,6 @@ def _predictions(fleet: Fleet, made: Plan, job: JobSpec) -> tuple[Prediction, ..
 
     rows = float(max(job.training.steps, 1) * job.training.batch_size * job.training.gradient_accumulation)
     return predict.predictions(fleet, made, rows, rows * job.rounds.count)
-
-
-def _console(context: click.Context) -> Console:
-    from rich.console import Console
-
-    no_color = True if context.find_root().params.get("no_color") else None
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    # Names and messages come from devices: what looks like markup in them is text.
-    return Console(no_color=no_color, highlight=False, markup=False, emoji=False, width=width)
 
 
 def _show(

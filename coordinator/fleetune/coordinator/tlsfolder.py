@@ -18,6 +18,7 @@ from fleetune.coordinator.authority import Authority
 from fleetune.coordinator.faults import FolderInUseError
 from fleetune.coordinator.store import copies
 from fleetune.errors import ConfigError
+from fleetune.wire import keys
 
 FOLDER = "tls"
 AUTHORITY_KEY, ROOTS, SERVER_KEY, SERVER_CERTIFICATE = "authority.key", "roots.pem", "server.key", "server.pem"
@@ -94,7 +95,7 @@ def make(state_dir: Path, address: str, now_unix_s: float) -> None:
         shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=_MAKING, dir=state_dir))
     try:
-        key, server_key = authority.make_key(), authority.make_key()
+        key, server_key = keys.make_key(), keys.make_key()
         roots = authority.make_root(key, now_unix_s)
         _write(aside / AUTHORITY_KEY, key)
         _write(aside / ROOTS, roots)
@@ -141,7 +142,7 @@ def rotate(folder: Path, now_unix_s: float) -> Material:
         material = read(folder)
         if material.previous is not None:
             raise FolderInUseError("the authority is being rotated already.", "Finish that with `fleetune ca rotate --finish`.")
-        key = authority.make_key()
+        key = keys.make_key()
         # Only the signing root: a rotation that was cut short may have left one that has no key.
         roots = authority.make_root(key, now_unix_s) + authority.pem_of(material.authority.root)
         _write(folder / PREVIOUS_KEY, _read_key(folder / AUTHORITY_KEY))
@@ -156,7 +157,7 @@ def finish(folder: Path, now_unix_s: float) -> Material:
         material = read(folder)
         if material.previous is None:
             raise ConfigError("the authority is not being rotated.", "Begin with `fleetune ca rotate`.")
-        server_key = authority.make_key()
+        server_key = keys.make_key()
         _write(folder / SERVER_KEY, server_key)
         _write(folder / SERVER_CERTIFICATE, material.authority.server_certificate(server_key, now_unix_s))
         _write(folder / ROOTS, authority.pem_of(material.authority.root))

@@ -22,18 +22,35 @@ class Request:
 
 
 def make_request(name: str) -> Request:
-    """A fresh P-256 key. Names in the request are ignored by the coordinator; one is there since some authorities want it."""
+    """A fresh key and a request for a certificate of it."""
+    key = make_key()
+    return Request(key, request_for(key, name))
+
+
+def make_key() -> bytes:
+    """A fresh P-256 key: PEM, PKCS #8, not encrypted."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def request_for(key: bytes, name: str = "") -> bytes:
+    """DER of a signing request for an EC key (PEM). Names in it are ignored by the coordinator; some authorities want one."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
-    return Request(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-        request.public_bytes(serialization.Encoding.DER),
+    private = serialization.load_pem_private_key(key, None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(subject)
+        .sign(private, hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
     )
 
 
