@@ -16,6 +16,7 @@ from blake3 import blake3
 from fleetune.methods.v1 import echo_pb2
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, fleet_pb2, fleet_pb2_grpc, messages_pb2
 from fleetune.wire import channel, codec
+from fleetune.wire.answers import Answer
 
 ANSWER_S = 20.0
 """Longest wait for anything a test expects; only a bug takes longer."""
@@ -223,15 +224,18 @@ class EchoAgent:
 
     async def stream(self, requests: AsyncIterator[blob_pb2.UploadRequest]) -> messages_pb2.Receipt:
         call = self._blobs.Upload(timeout=ANSWER_S)
+        answer = Answer(call)
         try:
             async for request in requests:
                 try:
                     await call.write(request)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    break  # answered before it had all; the call knows the answer, the write only that the stream ended
+                    break  # answered before it had all
             else:
                 await call.done_writing()
             return (await call).receipt
+        except grpc.aio.AioRpcError as error:
+            raise answer.of(error) from None
         finally:
             call.cancel()
 

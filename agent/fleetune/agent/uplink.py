@@ -20,6 +20,7 @@ from fleetune.agent.links import Line
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
 from fleetune.wire import chunks, frames
+from fleetune.wire.answers import Answer
 from fleetune.workers import Workers
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Uplink:
         header = convert.upload_header(update, self._device_id, offset)
         reading: asyncio.Future[tuple[list[bytes], int]] | None = self._files.run(reader.first, header)
         call = frames.upload(channel)()
+        answer = Answer(call)
         try:
             while reading is not None:
                 requests, offset = await reading
@@ -141,13 +143,14 @@ class Uplink:
                     for request in requests:
                         await call.write(request)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    # The coordinator answered before it had all: it has the result already, or its status says what is wrong. The
-                    # error of the write is only that a stream ended ("Internal error from Core"); the call itself knows the answer.
+                    # The coordinator answered before it had all: it has the result already, or its status says what is wrong.
                     break
                 self._on_bytes(update, offset, size_bytes)
             else:
                 await call.done_writing()
             response = await call
+        except grpc.aio.AioRpcError as error:
+            raise answer.of(error) from None
         finally:
             call.cancel()
             if reading is not None:

@@ -1,0 +1,67 @@
+"""What the other end says of a call that it ended early reaches the caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+
+from fleetune.wire.answers import Answer
+
+CALLS = 500
+WAIT_S = 30.0
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    async def refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        async for _ in requests:
+            break
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now")
+
+    server = grpc.aio.server()
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(refuse)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Put": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+def _method(channel: grpc.aio.Channel, name: str) -> grpc.aio.StreamUnaryMultiCallable[bytes, bytes]:
+    return channel.stream_unary(f"/t.T/{name}")
+
+
+async def test_a_refusal_in_the_middle_of_a_stream_is_heard_as_what_it_was(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def once() -> tuple[grpc.StatusCode, str | None]:
+            call = _method(channel, "Put")()
+            answer = Answer(call)
+            try:
+                for _ in range(64):
+                    try:
+                        await call.write(b"x" * 65536)
+                    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                        break
+                await call
+            except grpc.aio.AioRpcError as error:
+                told = answer.of(error)
+                return told.code(), told.details()
+            raise AssertionError("The call was not refused.")
+
+        heard = [await asyncio.wait_for(once(), WAIT_S) for _ in range(CALLS)]
+    assert set(heard) == {(grpc.StatusCode.FAILED_PRECONDITION, "not now")}
+
+
+async def test_an_error_of_this_end_stays_what_it_is(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = _method(channel, "None")()
+        answer = Answer(call)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert answer.of(caught.value) is caught.value
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
