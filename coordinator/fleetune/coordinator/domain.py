@@ -8,12 +8,14 @@ from typing import Literal
 JobStatus = Literal["queued", "preparing", "waiting", "running", "paused", "completed", "failed", "cancelled"]
 ENDED: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
 
-Phase = Literal["training", "folding", "evaluating", "committed"]
-TaskKind = Literal["train", "evaluate"]
+Phase = Literal["measuring", "training", "folding", "evaluating", "committed"]
+TaskKind = Literal["train", "evaluate", "measure"]
 TaskStatus = Literal["assigned", "done", "failed", "refused", "missed"]
 EvaluationSource = Literal["devices", "heldout", "none"]
 
-UpdateKind = Literal["delta", "state"]
+UpdateKind = Literal["delta", "state", "gradient"]
+Layout = Literal["blocks", "depth", "data-parallel", "single"]
+"""Who trains what in a planned round: one block each; from the loss down to a depth each; everything on all; everything on one."""
 
 Metrics = dict[str, float]
 
@@ -43,6 +45,73 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class DeviceFigures:
+    """What training costs a device on a job's model, as it told; tuples are by depth from the loss, index 0 next to it."""
+
+    batch_rows: int
+    step_s: tuple[float, ...]
+    step_bytes: tuple[int, ...]
+    loaded_bytes: int
+    room_bytes: int
+    """What its training process may take, the loaded model included; 0 is no bound."""
+    forward_s: float = 0.0
+    only_deepest: bool = False
+    source: str = "measured"
+    age_s: float = 0.0
+    ratio: float = 1.0
+    margin: float = 1.0
+    flops_per_s: float = 0.0
+    peak_flops_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinkFigures:
+    """What a device's link carries, in payload bits per second and seconds; 0 is not known."""
+
+    up_bits_per_s: float = 0.0
+    down_bits_per_s: float = 0.0
+    round_trip_s: float = 0.0
+    source: str = ""
+    age_s: float = 0.0
+    metered: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """One device's part of a planned round. Times are from the round's training start, as predicted."""
+
+    device_id: str
+    depths: tuple[int, ...]
+    """Depths trained, from 1, next to the loss, ascending."""
+    share: float
+    uplink_bits_per_s: float
+    """Its rate by the plan; 0 is no bound."""
+    ready_s: float
+    finish_s: float
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What was decided before a round's training; stored with the round, so that a task given again is the same task."""
+
+    layout: Layout
+    solver: str
+    parts: tuple[PlannedPart, ...]
+    round_s: float
+    uncovered_depths: tuple[int, ...] = ()
+    idle_devices: tuple[str, ...] = ()
+    lower_bound_s: float | None = None
+    predictions: tuple[tuple[str, float | None, float | None], ...] = ()
+    """Layout or method, its predicted round seconds, its predicted seconds per full-gradient row; None where the fleet cannot run it."""
+    reason: str = ""
+    """Why this layout, for a person."""
+
+    def part_of(self, device_id: str) -> PlannedPart | None:
+        return next((part for part in self.parts if part.device_id == device_id), None)
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A device that may take a task now."""
 
@@ -52,6 +121,7 @@ class Candidate:
     """It has rows of the job's data to train on, or the job needs none."""
     evaluates: bool = True
     """The same of rows to measure on."""
+    link: LinkFigures = LinkFigures()
 
 
 @dataclass(frozen=True)
@@ -66,6 +136,11 @@ class Update:
     norm: float = 0.0
     kind: UpdateKind = "state"
     """Only deltas are held to a norm: a state may be of any size."""
+    ready_s: float = 0.0
+    """Seconds from the task's sending until its upload began; 0 where that is not known, as after a restart."""
+    sent_s: float = 0.0
+    """Seconds of the upload."""
+    figures: DeviceFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +215,9 @@ class RoundEntry:
     update_norm: float = 0.0
     norm_limit: float = 0.0
     """The largest norm that a device's update may have; 0 is no bound. Fixed when the round is opened."""
+    plan: RoundPlan | None = None
+    training_since_unix_s: float = 0.0
+    """When the planned training began; 0 in rounds without a plan."""
     ended_unix_s: float = 0.0
 
     def trained(self) -> list[TaskEntry]:

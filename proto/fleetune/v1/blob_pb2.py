@@ -25,29 +25,33 @@ _sym_db = _symbol_database.Default()
 from fleetune.v1 import messages_pb2 as fleetune_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66leetune/v1/blob.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"I\n\x10\x44ownloadResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.Chunk\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xaf\x01\n\x0cUploadHeader\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.UpdateReport\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"]\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.fleetune.v1.UploadHeader\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fleetune.v1.Chunk\"7\n\x0eUploadResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.Receipt\"l\n\x13UploadStatusRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\"\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"M\n\x14UploadStatusResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.Receipt2\xf2\x01\n\x0b\x42lobService\x12I\n\x08\x44ownload\x12\x1c.fleetune.v1.DownloadRequest\x1a\x1d.fleetune.v1.DownloadResponse0\x01\x12S\n\x0cUploadStatus\x12 .fleetune.v1.UploadStatusRequest\x1a!.fleetune.v1.UploadStatusResponse\x12\x43\n\x06Upload\x12\x1a.fleetune.v1.UploadRequest\x1a\x1b.fleetune.v1.UploadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66leetune/v1/blob.proto\x12\x0b\x66leetune.v1\x1a\x1a\x66leetune/v1/messages.proto\"\x1c\n\x0cProbeRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"8\n\rProbeResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"I\n\x10\x44ownloadResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x12.fleetune.v1.Chunk\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xaf\x01\n\x0cUploadHeader\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.fleetune.v1.UpdateReport\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"]\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.fleetune.v1.UploadHeader\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fleetune.v1.Chunk\"7\n\x0eUploadResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.fleetune.v1.Receipt\"l\n\x13UploadStatusRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\"\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x14.fleetune.v1.BlobRef\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"M\n\x14UploadStatusResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.fleetune.v1.Receipt2\xb4\x02\n\x0b\x42lobService\x12I\n\x08\x44ownload\x12\x1c.fleetune.v1.DownloadRequest\x1a\x1d.fleetune.v1.DownloadResponse0\x01\x12S\n\x0cUploadStatus\x12 .fleetune.v1.UploadStatusRequest\x1a!.fleetune.v1.UploadStatusResponse\x12\x43\n\x06Upload\x12\x1a.fleetune.v1.UploadRequest\x1a\x1b.fleetune.v1.UploadResponse(\x01\x12@\n\x05Probe\x12\x19.fleetune.v1.ProbeRequest\x1a\x1a.fleetune.v1.ProbeResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fleetune.v1.blob_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHUNK']._serialized_start=67
-  _globals['_CHUNK']._serialized_end=119
-  _globals['_DOWNLOADREQUEST']._serialized_start=121
-  _globals['_DOWNLOADREQUEST']._serialized_end=170
-  _globals['_DOWNLOADRESPONSE']._serialized_start=172
-  _globals['_DOWNLOADRESPONSE']._serialized_end=245
-  _globals['_UPLOADHEADER']._serialized_start=248
-  _globals['_UPLOADHEADER']._serialized_end=423
-  _globals['_UPLOADREQUEST']._serialized_start=425
-  _globals['_UPLOADREQUEST']._serialized_end=518
-  _globals['_UPLOADRESPONSE']._serialized_start=520
-  _globals['_UPLOADRESPONSE']._serialized_end=575
-  _globals['_UPLOADSTATUSREQUEST']._serialized_start=577
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=685
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=687
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=764
-  _globals['_BLOBSERVICE']._serialized_start=767
-  _globals['_BLOBSERVICE']._serialized_end=1009
+  _globals['_PROBEREQUEST']._serialized_start=67
+  _globals['_PROBEREQUEST']._serialized_end=95
+  _globals['_PROBERESPONSE']._serialized_start=97
+  _globals['_PROBERESPONSE']._serialized_end=153
+  _globals['_CHUNK']._serialized_start=155
+  _globals['_CHUNK']._serialized_end=207
+  _globals['_DOWNLOADREQUEST']._serialized_start=209
+  _globals['_DOWNLOADREQUEST']._serialized_end=258
+  _globals['_DOWNLOADRESPONSE']._serialized_start=260
+  _globals['_DOWNLOADRESPONSE']._serialized_end=333
+  _globals['_UPLOADHEADER']._serialized_start=336
+  _globals['_UPLOADHEADER']._serialized_end=511
+  _globals['_UPLOADREQUEST']._serialized_start=513
+  _globals['_UPLOADREQUEST']._serialized_end=606
+  _globals['_UPLOADRESPONSE']._serialized_start=608
+  _globals['_UPLOADRESPONSE']._serialized_end=663
+  _globals['_UPLOADSTATUSREQUEST']._serialized_start=665
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=773
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=775
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=852
+  _globals['_BLOBSERVICE']._serialized_start=855
+  _globals['_BLOBSERVICE']._serialized_end=1163
 # @@protoc_insertion_point(module_scope)

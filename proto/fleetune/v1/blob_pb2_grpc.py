@@ -49,6 +49,11 @@ class BlobServiceStub:
                 request_serializer=fleetune_dot_v1_dot_blob__pb2.UploadRequest.SerializeToString,
                 response_deserializer=fleetune_dot_v1_dot_blob__pb2.UploadResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.stream_unary(
+                '/fleetune.v1.BlobService/Probe',
+                request_serializer=fleetune_dot_v1_dot_blob__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=fleetune_dot_v1_dot_blob__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class BlobServiceServicer:
@@ -75,6 +80,13 @@ class BlobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request_iterator, context):
+        """Measures the way up: the bytes are counted and thrown away. RESOURCE_EXHAUSTED beyond 4 MiB, or where this device asks too often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=fleetune_dot_v1_dot_blob__pb2.UploadRequest.FromString,
                     response_serializer=fleetune_dot_v1_dot_blob__pb2.UploadResponse.SerializeToString,
+            ),
+            'Probe': grpc.stream_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=fleetune_dot_v1_dot_blob__pb2.ProbeRequest.FromString,
+                    response_serializer=fleetune_dot_v1_dot_blob__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class BlobService:
             '/fleetune.v1.BlobService/Upload',
             fleetune_dot_v1_dot_blob__pb2.UploadRequest.SerializeToString,
             fleetune_dot_v1_dot_blob__pb2.UploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fleetune.v1.BlobService/Probe',
+            fleetune_dot_v1_dot_blob__pb2.ProbeRequest.SerializeToString,
+            fleetune_dot_v1_dot_blob__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class BlobServiceStub:
     """How much of an interrupted upload the coordinator holds, or its receipt if it was committed."""
     Upload: _grpc.StreamUnaryMultiCallable[_blob_pb2.UploadRequest, _blob_pb2.UploadResponse]
     """One result. Answered only after its blob is durable and its event committed."""
+    Probe: _grpc.StreamUnaryMultiCallable[_blob_pb2.ProbeRequest, _blob_pb2.ProbeResponse]
+    """Measures the way up: the bytes are counted and thrown away. RESOURCE_EXHAUSTED beyond 4 MiB, or where this device asks too often."""
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
@@ -47,6 +49,8 @@ class BlobServiceAsyncStub(BlobServiceStub):
     """How much of an interrupted upload the coordinator holds, or its receipt if it was committed."""
     Upload: _aio.StreamUnaryMultiCallable[_blob_pb2.UploadRequest, _blob_pb2.UploadResponse]  # type: ignore[assignment]
     """One result. Answered only after its blob is durable and its event committed."""
+    Probe: _aio.StreamUnaryMultiCallable[_blob_pb2.ProbeRequest, _blob_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Measures the way up: the bytes are counted and thrown away. RESOURCE_EXHAUSTED beyond 4 MiB, or where this device asks too often."""
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -72,5 +76,13 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_blob_pb2.UploadResponse, _abc.Awaitable[_blob_pb2.UploadResponse]]:
         """One result. Answered only after its blob is durable and its event committed."""
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request_iterator: _MaybeAsyncIterator[_blob_pb2.ProbeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_pb2.ProbeResponse, _abc.Awaitable[_blob_pb2.ProbeResponse]]:
+        """Measures the way up: the bytes are counted and thrown away. RESOURCE_EXHAUSTED beyond 4 MiB, or where this device asks too often."""
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

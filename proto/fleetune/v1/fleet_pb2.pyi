@@ -153,6 +153,7 @@ class SessionResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     HEARTBEAT_REPLY_FIELD_NUMBER: _builtins.int
     RENEW_FIELD_NUMBER: _builtins.int
+    SET_UPLINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -169,6 +170,8 @@ class SessionResponse(_message.Message):
     def heartbeat_reply(self) -> Global___HeartbeatReply: ...
     @_builtins.property
     def renew(self) -> Global___RenewCertificate: ...
+    @_builtins.property
+    def set_uplink(self) -> Global___SetUplink: ...
     def __init__(
         self,
         *,
@@ -180,12 +183,13 @@ class SessionResponse(_message.Message):
         draining: Global___Draining | None = ...,
         heartbeat_reply: Global___HeartbeatReply | None = ...,
         renew: Global___RenewCertificate | None = ...,
+        set_uplink: Global___SetUplink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "set_uplink", b"set_uplink", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "draining", b"draining", "heartbeat_reply", b"heartbeat_reply", "receipt", b"receipt", "refusal", b"refusal", "renew", b"renew", "set_uplink", b"set_uplink", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refusal", "task", "cancel", "receipt", "draining", "heartbeat_reply", "renew"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refusal", "task", "cancel", "receipt", "draining", "heartbeat_reply", "renew", "set_uplink"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -211,6 +215,7 @@ class Hello(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     TRAIN_DATA_NAMES_FIELD_NUMBER: _builtins.int
     VALIDATION_DATA_NAMES_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     """Must equal the coordinator's; a different one is refused by number."""
     protocol_minor: _builtins.int
@@ -248,6 +253,10 @@ class Hello(_message.Message):
 
     @_builtins.property
     def validation_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def link(self) -> _messages_pb2.Link:
+        """Since minor 2."""
+
     def __init__(
         self,
         *,
@@ -265,10 +274,11 @@ class Hello(_message.Message):
         held: _abc.Iterable[Global___HeldTask] | None = ...,
         train_data_names: _abc.Iterable[_builtins.str] | None = ...,
         validation_data_names: _abc.Iterable[_builtins.str] | None = ...,
+        link: _messages_pb2.Link | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "profile", b"profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "link", b"link", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "availability", b"availability", "data_names", b"data_names", "device_id", b"device_id", "device_name", b"device_name", "held", b"held", "instance_id", b"instance_id", "methods", b"methods", "profile", b"profile", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "tags", b"tags", "train_data_names", b"train_data_names", "validation_data_names", b"validation_data_names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "availability", b"availability", "data_names", b"data_names", "device_id", b"device_id", "device_name", b"device_name", "held", b"held", "instance_id", b"instance_id", "link", b"link", "methods", b"methods", "profile", b"profile", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "tags", b"tags", "train_data_names", b"train_data_names", "validation_data_names", b"validation_data_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,6 +405,7 @@ class Heartbeat(_message.Message):
     CHILD_RSS_BYTES_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
     TASK_ID_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one per heartbeat of a session."""
     cpu_percent: _builtins.float
@@ -408,6 +419,10 @@ class Heartbeat(_message.Message):
     disk_free_bytes: _builtins.int
     task_id: _builtins.str
     """The task being worked on, or empty."""
+    @_builtins.property
+    def link(self) -> _messages_pb2.Link:
+        """Since minor 2; absent where nothing has changed since the last one."""
+
     def __init__(
         self,
         *,
@@ -420,10 +435,11 @@ class Heartbeat(_message.Message):
         child_rss_bytes: _builtins.int = ...,
         disk_free_bytes: _builtins.int = ...,
         task_id: _builtins.str = ...,
+        link: _messages_pb2.Link | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "temperature_c", b"temperature_c"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "link", b"link", "temperature_c", b"temperature_c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "agent_rss_bytes", b"agent_rss_bytes", "child_rss_bytes", b"child_rss_bytes", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "memory_available_bytes", b"memory_available_bytes", "memory_total_bytes", b"memory_total_bytes", "sequence", b"sequence", "task_id", b"task_id", "temperature_c", b"temperature_c"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "agent_rss_bytes", b"agent_rss_bytes", "child_rss_bytes", b"child_rss_bytes", "cpu_percent", b"cpu_percent", "disk_free_bytes", b"disk_free_bytes", "link", b"link", "memory_available_bytes", b"memory_available_bytes", "memory_total_bytes", b"memory_total_bytes", "sequence", b"sequence", "task_id", b"task_id", "temperature_c", b"temperature_c"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
     _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
@@ -501,6 +517,7 @@ class TaskOutcome(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease: _builtins.int
@@ -514,6 +531,10 @@ class TaskOutcome(_message.Message):
     def refusal(self) -> Global___TaskRefusal:
         """The owner's limits or a running task forbid it now; the coordinator may ask another device."""
 
+    @_builtins.property
+    def figures(self) -> _messages_pb2.Figures:
+        """Answer to a task of kind MEASURE."""
+
     def __init__(
         self,
         *,
@@ -522,13 +543,14 @@ class TaskOutcome(_message.Message):
         failure: _messages_pb2.Failure | None = ...,
         evaluation: _messages_pb2.Evaluation | None = ...,
         refusal: Global___TaskRefusal | None = ...,
+        figures: _messages_pb2.Figures | None = ...,
         epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "outcome", b"outcome", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "figures", b"figures", "outcome", b"outcome", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "evaluation", b"evaluation", "failure", b"failure", "lease", b"lease", "outcome", b"outcome", "refusal", b"refusal", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "evaluation", b"evaluation", "failure", b"failure", "figures", b"figures", "lease", b"lease", "outcome", b"outcome", "refusal", b"refusal", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "evaluation", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "evaluation", "refusal", "figures"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -711,6 +733,31 @@ class Draining(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Draining: _TypeAlias = Draining  # noqa: Y015
+
+@_typing.final
+class SetUplink(_message.Message):
+    """From now on the update of this task is sent at this rate, also while it is being sent. Ignored where the task is unknown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    @_builtins.property
+    def rate(self) -> _messages_pb2.UplinkRate: ...
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        rate: _messages_pb2.UplinkRate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetUplink: _TypeAlias = SetUplink  # noqa: Y015
 
 @_typing.final
 class RenewCertificate(_message.Message):

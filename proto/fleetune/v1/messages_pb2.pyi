@@ -31,6 +31,8 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     """Train and send back an update."""
     TASK_KIND_EVALUATE: _TaskKind.ValueType  # 2
     """Measure the given state on the device's own validation rows; no tensors come back."""
+    TASK_KIND_MEASURE: _TaskKind.ValueType  # 3
+    """Tell how fast and in how much memory this device trains the job's model down to each depth; Figures come back. Since minor 2."""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper): ...
 
@@ -39,6 +41,8 @@ TASK_KIND_TRAIN: TaskKind.ValueType  # 1
 """Train and send back an update."""
 TASK_KIND_EVALUATE: TaskKind.ValueType  # 2
 """Measure the given state on the device's own validation rows; no tensors come back."""
+TASK_KIND_MEASURE: TaskKind.ValueType  # 3
+"""Tell how fast and in how much memory this device trains the job's model down to each depth; Figures come back. Since minor 2."""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
 class _ModelTask:
@@ -405,6 +409,7 @@ class Task(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     KEEP_WARM_S_FIELD_NUMBER: _builtins.int
+    UPLINK_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """"<job>/<round>/<device>/<kind>": names the work, not the attempt."""
     job_id: _builtins.str
@@ -437,6 +442,10 @@ class Task(_message.Message):
 
     @_builtins.property
     def recipe(self) -> Global___Recipe: ...
+    @_builtins.property
+    def uplink(self) -> Global___UplinkRate:
+        """The rate at which the update may be sent, until SetUplink changes it. Absent: as fast as it goes."""
+
     def __init__(
         self,
         *,
@@ -454,14 +463,152 @@ class Task(_message.Message):
         deadline_s: _builtins.float = ...,
         seed: _builtins.int = ...,
         keep_warm_s: _builtins.float = ...,
+        uplink: Global___UplinkRate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "payload", b"payload", "recipe", b"recipe", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "payload", b"payload", "recipe", b"recipe", "state", b"state", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "deadline_s", b"deadline_s", "job_id", b"job_id", "keep_warm_s", b"keep_warm_s", "kind", b"kind", "lease", b"lease", "method", b"method", "payload", b"payload", "recipe", b"recipe", "round", b"round", "seed", b"seed", "state", b"state", "task_id", b"task_id", "trainables_digest", b"trainables_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "deadline_s", b"deadline_s", "job_id", b"job_id", "keep_warm_s", b"keep_warm_s", "kind", b"kind", "lease", b"lease", "method", b"method", "payload", b"payload", "recipe", b"recipe", "round", b"round", "seed", b"seed", "state", b"state", "task_id", b"task_id", "trainables_digest", b"trainables_digest", "uplink", b"uplink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class UplinkRate(_message.Message):
+    """How fast a device may send one update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BITS_PER_S_FIELD_NUMBER: _builtins.int
+    bits_per_s: _builtins.float
+    """Payload bits per second; 0 is no bound."""
+    def __init__(
+        self,
+        *,
+        bits_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits_per_s", b"bits_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UplinkRate: _TypeAlias = UplinkRate  # noqa: Y015
+
+@_typing.final
+class Figures(_message.Message):
+    """What training costs this device on the job's model, by depth from the loss: index 0 is the block next to it. Set by the agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    STEP_BYTES_FIELD_NUMBER: _builtins.int
+    LOADED_BYTES_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    FORWARD_S_FIELD_NUMBER: _builtins.int
+    ONLY_DEEPEST_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_S_FIELD_NUMBER: _builtins.int
+    PEAK_FLOPS_PER_S_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    batch_rows: _builtins.int
+    """Rows of the measured step."""
+    loaded_bytes: _builtins.int
+    """Bytes of the training process with the model loaded, before a step."""
+    room_bytes: _builtins.int
+    """What the training process may take on this device, the loaded model included. 0: not bounded."""
+    forward_s: _builtins.float
+    """Seconds of a forward pass alone."""
+    only_deepest: _builtins.bool
+    """Whether each step trained its deepest block only, or everything from the loss down to it."""
+    source: _builtins.str
+    """"measured" or "configured"."""
+    age_s: _builtins.float
+    """Seconds since they were measured."""
+    ratio: _builtins.float
+    """Mean of observed over predicted seconds of the last rounds (1 before the first), and the one that nine rounds in ten stay below."""
+    margin: _builtins.float
+    flops_per_s: _builtins.float
+    """Of training this model, and of a large matrix product, floating-point operations per second; their quotient is the MFU."""
+    peak_flops_per_s: _builtins.float
+    tokens_per_s: _builtins.float
+    @_builtins.property
+    def step_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Seconds of a training step whose deepest trained block is this one, corrected by the last rounds' real times; never falling."""
+
+    @_builtins.property
+    def step_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Peak bytes of such a step above the loaded model, with a margin; never falling."""
+
+    def __init__(
+        self,
+        *,
+        batch_rows: _builtins.int = ...,
+        step_s: _abc.Iterable[_builtins.float] | None = ...,
+        step_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        loaded_bytes: _builtins.int = ...,
+        room_bytes: _builtins.int = ...,
+        forward_s: _builtins.float = ...,
+        only_deepest: _builtins.bool = ...,
+        source: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        ratio: _builtins.float = ...,
+        margin: _builtins.float = ...,
+        flops_per_s: _builtins.float = ...,
+        peak_flops_per_s: _builtins.float = ...,
+        tokens_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "batch_rows", b"batch_rows", "flops_per_s", b"flops_per_s", "forward_s", b"forward_s", "loaded_bytes", b"loaded_bytes", "margin", b"margin", "only_deepest", b"only_deepest", "peak_flops_per_s", b"peak_flops_per_s", "ratio", b"ratio", "room_bytes", b"room_bytes", "source", b"source", "step_bytes", b"step_bytes", "step_s", b"step_s", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Figures: _TypeAlias = Figures  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    """What the device's link carries. Values are 0 where nothing is known yet. Set by the agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_BITS_PER_S_FIELD_NUMBER: _builtins.int
+    DOWN_BITS_PER_S_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    METERED_FIELD_NUMBER: _builtins.int
+    up_bits_per_s: _builtins.float
+    """Payload bits per second that this device alone reaches, moving average."""
+    down_bits_per_s: _builtins.float
+    round_trip_s: _builtins.float
+    """There and back, the least of the last ones."""
+    source: _builtins.str
+    """"measured" or "configured"."""
+    age_s: _builtins.float
+    metered: _builtins.bool
+    """Whether the owner pays by the byte."""
+    def __init__(
+        self,
+        *,
+        up_bits_per_s: _builtins.float = ...,
+        down_bits_per_s: _builtins.float = ...,
+        round_trip_s: _builtins.float = ...,
+        source: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        metered: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "down_bits_per_s", b"down_bits_per_s", "metered", b"metered", "round_trip_s", b"round_trip_s", "source", b"source", "up_bits_per_s", b"up_bits_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Metric(_message.Message):
@@ -498,6 +645,7 @@ class UpdateReport(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     PEAK_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     samples: _builtins.int
     """Weight of the update: rows seen, counted once per pass. Above 0."""
     peak_rss_bytes: _builtins.int
@@ -512,6 +660,10 @@ class UpdateReport(_message.Message):
     def seconds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Metric]:
         """Seconds of each stage on the device, for example "train"."""
 
+    @_builtins.property
+    def figures(self) -> Global___Figures:
+        """What this task has shown of the device, for the next plan; absent for methods that do not plan."""
+
     def __init__(
         self,
         *,
@@ -520,10 +672,11 @@ class UpdateReport(_message.Message):
         payload: _any_pb2.Any | None = ...,
         seconds: _abc.Iterable[Global___Metric] | None = ...,
         peak_rss_bytes: _builtins.int = ...,
+        figures: Global___Figures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "payload", b"payload", "peak_rss_bytes", b"peak_rss_bytes", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "metrics", b"metrics", "payload", b"payload", "peak_rss_bytes", b"peak_rss_bytes", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

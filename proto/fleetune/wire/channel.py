@@ -12,11 +12,13 @@ from fleetune.errors import ConfigError
 from fleetune.wire.identity import Identity
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 1
+PROTOCOL_MINOR = 2
 """What a minor version adds, an older peer leaves unset, and it is taken as it was before.
 
 1: Hello tells rows to train on and rows to measure on apart (before: a data name has both); tasks held, outcomes and questions about
    uploads tell their epoch (before: the present one); a watch tells each round once it is committed (before: whoever watches asks).
+2: Devices tell what their link carries and, asked by a task of kind MEASURE, what training costs them; uploads keep to a rate (before:
+   such jobs are not given to an older agent, which does not know their method).
 
 Blobs are addressed by BLAKE3 in every numbered version; with other digests no task could be done, so that would be another major.
 """
