@@ -99,7 +99,11 @@ def test_a_host_whose_cable_is_pulled_reaches_nobody_until_it_is_back(hosts: Hos
 def test_nothing_is_left_of_hosts_not_even_a_process_that_holds_on() -> None:
     prefix = f"ftg{os.getpid()}"
     with Hosts([Host("board", Limits(1.0))], prefix=prefix) as made:
-        holder = subprocess.Popen(made.command("board", ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"]))
+        hold = "trap '' TERM; echo in; while :; do sleep 1; done"
+        holder = subprocess.Popen(made.command("board", ["/bin/sh", "-c", hold]), stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        with holder.stdout:
+            assert holder.stdout.readline() == b"in\n"
     assert holder.wait(10) == -9
     assert not [name for name in os.listdir("/run/netns") if name.startswith(prefix)]
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{prefix}-board"))
