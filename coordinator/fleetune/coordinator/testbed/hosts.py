@@ -21,7 +21,7 @@ NETWORK = "198.18"
 """Set aside for benchmarks of networks (RFC 2544), hence nobody's."""
 
 HOSTS_MAX = 250
-TOOLS = ("ip", "tc")
+TOOLS = ("ip", "tc", "nsenter")
 COMMAND_S = 20.0
 QUEUE_MS = 100
 """What waits longer in front of a link is dropped, as in a home router of some quality."""
@@ -59,7 +59,8 @@ class Hosts:
 
     def command(self, name: str, command: Sequence[str]) -> list[str]:
         """`command`, run on a host: within its namespace and its quotas."""
-        return self._groups[name].joining(["ip", "netns", "exec", self._namespace(name), *command])
+        # Not `ip netns exec`, which hides the control groups, so that an agent could not see its own quota.
+        return self._groups[name].joining(["nsenter", f"--net=/run/netns/{self._namespace(name)}", *command])
 
     def group(self, name: str) -> Group:
         return self._groups[name]
@@ -79,7 +80,7 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-            raise MachineError(f"{' and '.join(missing)} not found.", "Install iproute2.")
+            raise MachineError(f"{' and '.join(missing)} not found.", "Install iproute2 and util-linux.")
         if os.geteuid() != 0:
             raise MachineError("Network namespaces need root.", "Run it with sudo, or take the compose backend.")
         try:
