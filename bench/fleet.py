@@ -27,7 +27,8 @@ TAIL_BYTES = 2000
 class Fleet:
     """Used with `async with`: ready when entered, and everything has ended when left, also after Ctrl-C.
 
-    `options` are further ones of `serve`; `route` gets the coordinator's address and gives the one that agents dial.
+    `options` are further ones of `serve`, `agent_options` of the `run` of the agent with that number; `route` gets the coordinator's
+    address and gives the one that agents dial.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Fleet:
         options: Sequence[str] = (),
         route: Callable[[str], Awaitable[str]] | None = None,
         plaintext: bool = False,
+        agent_options: Callable[[int], Sequence[str]] | None = None,
     ) -> None:
         self._folder = folder
         self._count = agents
         self._options = tuple(options)
         self._route = route
+        self._agent_options = agent_options
         self.plaintext = plaintext
         self.operator: Identity | None = None
         """As whom the coordinator is asked; None in plaintext, and before the fleet is entered."""
@@ -89,6 +92,7 @@ class Fleet:
     def _start_agent(self, number: int) -> subprocess.Popen[bytes]:
         run = ["fleetune.agent.cli", "run", "--coordinator", self._dialled, "--name", _name(number)]
         run += ["--plaintext"] if self.plaintext else []
+        run += self._agent_options(number) if self._agent_options is not None else []
         return self._start(_name(number), [*run, "--state-dir", str(self._folder / _name(number))])
 
     @property

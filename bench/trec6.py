@@ -26,18 +26,16 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from fleet import Fleet
 from minilm import minilm_folder
 
 from fleetune.coordinator import watch
-from fleetune.coordinator.client import Client
 from fleetune.coordinator.demo import split
-from fleetune.coordinator.demo.crew import Crew, died
 from fleetune.v1 import control_pb2
 
 TARGETS = {"iid": 0.92, "dirichlet": 0.89}
 """Accuracy that the median of the seeds has to reach."""
 
-READY_S = 60.0
 BEGIN, END = "<!-- trec6:begin -->", "<!-- trec6:end -->"
 
 
@@ -128,12 +126,8 @@ async def _run(options: argparse.Namespace, dealt: str, seed: int, folder: Path)
         path.write_text("".join(json.dumps({"text": rows[i]["text"], "label": rows[i]["label"]}) + "\n" for i in part), encoding="utf-8")
         files.append(path)
     agents = tuple((len(part), len(Counter(of_rows[i] for i in part))) for part in parts)
-    crew = Crew()
     started = time.monotonic()
-    try:
-        view = await _job(crew, folder, files, _toml(options, labels, seed))
-    finally:
-        await crew.stop()
+    view = await job(folder, files, _toml(options, labels, seed))
     if view.state != control_pb2.JOB_STATE_COMPLETED:
         raise SystemExit(f"the job {watch.state_word(view.state)}: {view.message}")
     last = view.history[-1]
@@ -143,28 +137,21 @@ async def _run(options: argparse.Namespace, dealt: str, seed: int, folder: Path)
     return Run(dealt, seed, before, after, loss, time.monotonic() - started, agents)
 
 
-async def _job(crew: Crew, folder: Path, files: Sequence[Path], toml: str) -> control_pb2.JobView:
-    state = folder / "coordinator"
-    coordinator = await crew.start(
-        "coordinator", "fleetune.coordinator.cli", ["serve", "--listen", "127.0.0.1:0", "--state-dir", str(state)], folder / "log"
-    )
-    deadline = time.monotonic() + READY_S
-    while not (state / "address").exists():
-        if coordinator.process.returncode is not None or time.monotonic() > deadline:
-            raise died(coordinator)
-        await asyncio.sleep(0.05)
-    address = (state / "address").read_text(encoding="ascii").strip()
+async def job(folder: Path, files: Sequence[Path], toml: str) -> control_pb2.JobView:
+    """Run a job on agents of which each has one of the files as its data named trec6; the job as it ended."""
     # Agents on one machine share its cores; more threads than cores would only wait for each other.
     cores = max(1, (os.cpu_count() or 1) // len(files))
-    for path in files:
-        arguments = ["run", "--coordinator", address, "--name", path.stem, "--state-dir", str(folder / path.stem)]
-        arguments += ["--data", f"trec6={path}", "--set", f"training.cores={cores}", "--set", f"models.minilm={minilm_folder()}"]
-        await crew.start(path.stem, "fleetune.agent.cli", arguments, folder / f"{path.stem}.log")
-    async with Client(address) as client:
+
+    def options(number: int) -> list[str]:
+        chosen = ["--data", f"trec6={files[number]}", "--set", f"training.cores={cores}"]
+        return [*chosen, "--set", f"models.minilm={minilm_folder()}"]
+
+    async with Fleet(folder, len(files), agent_options=options) as fleet, fleet.client() as client:
         job_id = await client.submit(toml)
         view = control_pb2.JobView()
         seen = 0
         async for view in client.watch(job_id):
+            fleet.check()
             for item in view.history[seen:]:
                 accuracy = watch.metric_of(item.metrics, "accuracy")
                 shown = "" if accuracy is None else f", accuracy {accuracy:.4f}"
