@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sqlalchemy import Connection
+
 from fleetune.agent import identity as devices
-from fleetune.coordinator import config, initialise
+from fleetune.coordinator import certificates, config, initialise, tlsfolder
 from fleetune.coordinator.fleet_client import FleetClient
+from fleetune.coordinator.principal import Role
+from fleetune.coordinator.store import identities
+from fleetune.coordinator.store.db import Database
+from fleetune.coordinator.store.identities import CertificateRow
 from fleetune.v1 import registry_pb2
-from fleetune.wire import enrolment, identity
-from fleetune.wire.identity import Identity
+from fleetune.wire import enrolment, identity, keys
+from fleetune.wire.identity import SERVER_NAME, Facts, Identity
 from fleetune.wire.joinline import JoinLine
 
 USES_MAX = 1000
@@ -40,3 +47,41 @@ def enrolled(line: JoinLine, states: Sequence[tuple[str, Path]]) -> None:
     for name, state_dir in states:
         state_dir.mkdir(parents=True, exist_ok=True)
         identity.store(state_dir / "identity", enrolment.enrol(line, name, devices.device_id(state_dir)))
+
+
+async def registered(state_dir: Path, members: Sequence[tuple[str, str, Path]]) -> None:
+    """What joining leaves behind for many devices at once, each a name, an id and a folder; while the coordinator does not run."""
+    signing, now, days = tlsfolder.read(tlsfolder.of(state_dir)).authority, time.time(), 30.0
+    rows: list[CertificateRow] = []
+    for name, device_id, folder in members:
+        request = keys.make_request(name)
+        issued = signing.sign_agent(request.signing_request, name, device_id, days, now)
+        rows.append(
+            CertificateRow(
+                fingerprint=issued.fingerprint,
+                kind="agent",
+                name=name,
+                device_id=device_id,
+                role=int(Role.NONE),
+                authority=issued.authority,
+                roots=certificates.roots_digest(signing.roots_pem),
+                token_id="",
+                not_before_unix_s=issued.not_before_unix_s,
+                not_after_unix_s=issued.not_after_unix_s,
+                issued_unix_s=now,
+            )
+        )
+        facts = Facts("agent", name, "", "", SERVER_NAME, issued.not_before_unix_s, issued.not_after_unix_s)
+        identity.store(folder, Identity(facts, request.key, issued.certificate, signing.roots_pem))
+
+    def enlist(tx: Connection) -> None:
+        for row in rows:
+            identities.add_certificate(tx, row)
+            identities.bind_device(tx, row.device_id, row.name, now)
+
+    database = Database(state_dir / "coordinator.sqlite")
+    try:
+        await database.open()
+        await database.write(enlist)
+    finally:
+        await database.close()

@@ -1,8 +1,10 @@
 """A thousand agents that lose their coordinator together: when all of them are back, and what that takes.
 
-The sessions are those of the agent, in a few processes and without the rest of it. The coordinator is killed and started again.
+The sessions are those of the agent, in a few processes and without the rest of it, each with a certificate of its own. The coordinator
+is killed and started again.
 
     python bench/herd.py
+    python bench/herd.py --plaintext
     python bench/herd.py --agents 100 --processes 2 --down-s 1 --watch-s 6
 """
 
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import enrolling
 import meters
 import sections
 from fleet import Fleet
@@ -34,7 +37,7 @@ from fleetune.agent.links import Links
 from fleetune.agent.session import Session
 from fleetune.errors import WireError
 from fleetune.v1 import fleet_pb2
-from fleetune.wire import channel
+from fleetune.wire import channel, identity
 
 MIB = 1 << 20
 BACK_MAX_S = 30.0
@@ -48,6 +51,7 @@ class Outcome:
     """What came of it. Seconds from the restarted coordinator's readiness on, and bytes."""
 
     agents: int
+    plaintext: bool
     down_s: float
     """From the kill to the restart."""
     joined_s: float = 0.0
@@ -82,16 +86,27 @@ class Outcome:
         return found
 
 
+def member(number: int) -> str:
+    return f"herd-{number:04d}"
+
+
+def device(name: str) -> str:
+    return f"device-{name}"
+
+
 # --- one process of the crowd
 
 
 class Member:
     """One agent as its session sees it; also the listener."""
 
-    def __init__(self, address: str, number: int) -> None:
-        self.name = f"herd-{number:04d}"
-        self.links = Links(lambda: channel.open_channel(address))
-        self.session = _Timed(self.links, Credentials(Path(), None, address), self, self._hello, self._heartbeat)
+    def __init__(self, address: str, number: int, identities: Path | None) -> None:
+        """`identities`: where the members' identities lie; None: plaintext."""
+        self.name = member(number)
+        folder = identities / self.name if identities is not None else Path()
+        own = identity.load(folder) if identities is not None else None
+        self.links = Links(lambda: channel.open_channel(address, own))
+        self.session = _Timed(self.links, Credentials(folder, own, address), self, self._hello, self._heartbeat)
         self.connects_s: list[float] = []
         self.losses_s: list[float] = []
         self.asked_s: dict[int, float] = {}
@@ -122,7 +137,7 @@ class Member:
             protocol_major=channel.PROTOCOL_MAJOR,
             protocol_minor=channel.PROTOCOL_MINOR,
             agent_version="herd",
-            device_id=f"device-{self.name}",
+            device_id=device(self.name),
             device_name=self.name,
             instance_id=self._instance_id,
             methods=["echo"],
@@ -145,9 +160,9 @@ class _Timed(Session):
         super()._hear(response, welcome)
 
 
-async def crowd(address: str, first: int, count: int) -> None:
+async def crowd(address: str, first: int, count: int, identities: Path | None) -> None:
     """Keep sessions open until standard input ends; each line on it is a time, answered by what has happened since."""
-    members = [Member(address, number) for number in range(first, first + count)]
+    members = [Member(address, number, identities) for number in range(first, first + count)]
     running = [asyncio.create_task(member.session.run()) for member in members]
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
@@ -173,8 +188,9 @@ async def crowd(address: str, first: int, count: int) -> None:
 class Crowds:
     """The processes. Used with `async with`."""
 
-    def __init__(self, address: str, agents: int, processes: int, log: Path) -> None:
+    def __init__(self, address: str, agents: int, processes: int, log: Path, identities: Path | None) -> None:
         self._address = address
+        self._identities = identities
         self._shares = [range(agents)[part::processes] for part in range(processes)]
         self._log = log
         self._processes: list[asyncio.subprocess.Process] = []
@@ -184,6 +200,7 @@ class Crowds:
         with self._log.open("ab") as log:
             for share in self._shares:
                 command = [sys.executable, __file__, "--crowd", self._address, str(first), str(len(share))]
+                command += [str(self._identities)] if self._identities is not None else []
                 self._processes.append(
                     await asyncio.create_subprocess_exec(
                         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, limit=64 * MIB
@@ -227,12 +244,19 @@ class Crowds:
         return False
 
 
-async def herd(agents: int, processes: int, down_s: float, watch_s: float, folder: Path) -> Outcome:
+async def herd(agents: int, processes: int, down_s: float, watch_s: float, folder: Path, *, plaintext: bool) -> Outcome:
     """All join, all lose the coordinator, all come back, and then nothing happens for a while."""
-    outcome = Outcome(agents, down_s)
-    async with Fleet(folder, 0, plaintext=True) as fleet:
+    outcome = Outcome(agents, plaintext, down_s)
+    fleet = Fleet(folder, 0, plaintext=plaintext)
+    identities: Path | None = None
+    if not plaintext:
+        identities = folder / "identities"
+        await asyncio.to_thread(enrolling.initialised, fleet.state_dir, folder / "operator")
+        names = [member(number) for number in range(agents)]
+        await enrolling.registered(fleet.state_dir, [(name, device(name), identities / name) for name in names])
+    async with fleet:
         started_s = time.monotonic()
-        async with Crowds(fleet.address, agents, processes, folder / "crowd.log") as crowds:
+        async with Crowds(fleet.address, agents, processes, folder / "crowd.log", identities) as crowds:
             if not await crowds.all_connected(agents, 0.0, JOIN_S):
                 raise RuntimeError(f"not all of {agents} agents joined within {JOIN_S:g} s")
             outcome.joined_s = time.monotonic() - started_s
@@ -284,7 +308,8 @@ def text(outcome: Outcome) -> str:
     back = outcome.back_s or [float("nan")]
     rtt = outcome.rtt_s or [float("nan")]
     lines = [
-        f"{outcome.agents} agents lose their coordinator together, for {outcome.down_s:g} s",
+        f"{outcome.agents} agents lose their coordinator together, for {outcome.down_s:g} s; "
+        f"{'plaintext' if outcome.plaintext else 'mutual TLS, each with a certificate of its own'}",
         f"  joined     all within {outcome.joined_s:.1f} s of their start",
         f"  back       {len(outcome.back_s)}: half after {statistics.median(back):.1f} s, the last after {max(back):.1f} s",
         f"  then       {outcome.lost_again} lost again, {outcome.heartbeats} heartbeats, {outcome.unanswered} unanswered, "
@@ -319,13 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if given_words[:1] == ["--crowd"]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it is over
-        asyncio.run(crowd(given_words[1], int(given_words[2]), int(given_words[3])))
+        asyncio.run(crowd(given_words[1], int(given_words[2]), int(given_words[3]), Path(given_words[4]) if given_words[4:] else None))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", type=int, default=1000, help="sessions")
     parser.add_argument("--processes", type=int, default=4, help="that hold them")
     parser.add_argument("--down-s", type=float, default=10.0, help="from the kill to the restart")
     parser.add_argument("--watch-s", type=float, default=30.0, help="how long they are watched after they are back")
+    parser.add_argument("--plaintext", action="store_true", help="without TLS")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files lie")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
@@ -335,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     place = Path(tempfile.mkdtemp(prefix="fleetune-herd-", dir=given.folder))
     try:
-        outcome = asyncio.run(herd(given.agents, given.processes, given.down_s, given.watch_s, place))
+        outcome = asyncio.run(herd(given.agents, given.processes, given.down_s, given.watch_s, place, plaintext=given.plaintext))
     except KeyboardInterrupt:
         print("interrupted; all processes have ended", file=sys.stderr)
         return 130

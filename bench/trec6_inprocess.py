@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from minilm import minilm_folder
 
+from fleetune import schedule
 from fleetune.agent.methods.fedavg_lora import write_delta
-from fleetune.agent.trainer import loop, schedule
+from fleetune.agent.trainer import loop
 from fleetune.model import accelerator as accelerators
 from fleetune.model import adapter, batches, evaluation, lora, recipe, rows
 from fleetune.wire import codec

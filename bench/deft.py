@@ -1,0 +1,396 @@
+"""DEFT on real processes: round latency by solver on unequal devices, and what each layout learns in the same time.
+
+    .venv/bin/python bench/deft.py latency [--fleets 3] [--write]       # root: namespaces, shaped links, quotas
+    .venv/bin/python bench/deft.py learning --data FOLDER [--write]
+
+latency: 8 devices whose quotas of processor time (at most 1.5 cores together) and solo link rates are 4 times apart train a decoder of
+6 layers, whose own weights are the payload. Airtime is the shared resource, and shares are hard caps for every solver.
+learning: 8 devices fine-tune MiniLM on TREC-6; accuracy by seconds and by rows for DEFT, depth-aware data parallelism and federated LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before grpc is imported: its own log lines would stand between ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import plot
+import report
+import sections
+import trec6
+from minilm import minilm_folder
+from netfleet import Board, NetFleet
+
+from fleetune.coordinator import watch
+from fleetune.coordinator.demo import split
+from fleetune.v1 import control_pb2
+
+DEVICES = 8
+LAYERS = 6
+CORES = 1.4
+"""All quotas together."""
+SPREAD = 4.0
+"""Fastest by slowest, in computing and again in link rate."""
+UP_BITS_PER_S = 32e6
+"""Solo rate in the geometric middle."""
+DOWN_BITS_PER_S = 200e6
+HIDDEN, INNER, HEADS = 192, 512, 6
+WORDS = 400
+TOKENS, ROWS = 64, 8
+WARMUP_ROUNDS = 3
+TARGET = 0.85
+"""Accuracy whose time is told."""
+_PICTURE = Path(__file__).resolve().parents[1] / "docs" / "deft.svg"
+
+SOLVERS: Mapping[str, Sequence[str]] = {
+    "exact": ("method.solver=exact",),
+    "crunch-equal": ("method.solver=crunch-equal",),
+    "greedy-equal": ("method.solver=greedy-equal",),
+    "random-equal": ("method.solver=random-equal",),
+    "best single device": ("method.layout=single",),
+}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One round of one job: seconds from the start of training to the last update, predicted and real."""
+
+    predicted_s: float
+    actual_s: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    latency = parts.add_parser("latency")
+    latency.add_argument("--fleets", type=int, default=3)
+    latency.add_argument("--first-seed", type=int, default=1)
+    latency.add_argument("--rounds", type=int, default=8, help=f"of each job; the first {WARMUP_ROUNDS} do not count")
+    latency.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
+    latency.add_argument("--keep", type=Path, help="folder for logs and reports, instead of one that is removed")
+    latency.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    learning = parts.add_parser("learning")
+    learning.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="train.jsonl, test.jsonl and labels.json, as bench/trec6.py"
+    )
+    learning.add_argument("--rows", type=int, default=24_576, help="passed forward by each method")
+    learning.add_argument("--points", type=int, default=12, help="of each curve")
+    learning.add_argument("--learning-rate", type=float, default=2e-3)
+    learning.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    learning.add_argument("--write", action="store_true", help="put table and picture into docs/")
+    options = parser.parse_args()
+    print(f"{report.machine()}\ncommand: {_command()}", flush=True)
+    return _latency(options) if options.part == "latency" else _learning(options)
+
+
+# ----------------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(options: argparse.Namespace) -> int:
+    found: dict[int, dict[str, list[Timed]]] = {}
+    for seed in range(options.first_seed, options.first_seed + options.fleets):
+        with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
+            folder = (options.keep / f"fleet-{seed}").resolve() if options.keep is not None else Path(scratch)
+            folder.mkdir(parents=True, exist_ok=True)
+            found[seed] = _fleet(folder, seed, options)
+    text = _latency_table(found)
+    print(text)
+    if options.write:
+        sections.put("deft-latency", f"{text}\n\n{sections.measured(_command())}")
+    return 0
+
+
+def boards(seed: int, folder: Path) -> list[Board]:
+    """Quotas and rates are log-uniform and independent; both have their full spread."""
+    chance = random.Random(seed)
+
+    def spread(middle: float) -> list[float]:
+        steps = [index / (DEVICES - 1) - 0.5 for index in range(DEVICES)]
+        chance.shuffle(steps)
+        return [middle * SPREAD**step for step in steps]
+
+    quotas, rates = spread(1.0), spread(UP_BITS_PER_S)
+    scale = CORES / sum(quotas)
+    rows = folder / "rows.jsonl"
+    settings = f'[data.words]\ntrain = "{rows}"\n[training]\ncores = 1\n'
+    return [
+        Board(f"d{number}", quota * scale, rate, DOWN_BITS_PER_S, settings=settings)
+        for number, (quota, rate) in enumerate(zip(quotas, rates, strict=True))
+    ]
+
+
+def _fleet(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, list[Timed]]:
+    base = _base(folder / "base")
+    fleet_boards = boards(seed, folder)
+    chance = random.Random(0)
+    lines = [json.dumps({"text": " ".join(f"w{chance.randrange(WORDS)}" for _ in range(2 * TOKENS))}) for _ in range(256)]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    job = folder / "job.toml"
+    job.write_text(_job(base, options.rounds), encoding="utf-8")
+    print(
+        f"\nfleet {seed}: " + ", ".join(f"{b.name} {b.cpus:.2f} cores {b.up_bits_per_s / 1e6:.0f} Mbit/s" for b in fleet_boards), flush=True
+    )
+    timed: dict[str, list[Timed]] = {}
+    with NetFleet(folder, fleet_boards) as fleet:
+        for name in options.solvers:
+            sets = [word for setting in (*SOLVERS[name], f"seed={seed}") for word in ("--set", setting)]
+            fleet.verb("submit", "--wait", "--plain", *sets, str(job))
+            made = fleet.verb("report", "last", "--json")
+            (folder / f"{name.replace(' ', '-')}.json").write_text(made, encoding="utf-8")
+            timed[name] = _timed(json.loads(made))[WARMUP_ROUNDS:]
+            print(f"  {name:<20} {_words(timed[name])}", flush=True)
+    return timed
+
+
+def _words(rounds: Sequence[Timed]) -> str:
+    actual = statistics.median(r.actual_s for r in rounds)
+    predicted = statistics.median(r.predicted_s for r in rounds)
+    return f"{actual:6.2f} s a round, {predicted:6.2f} s predicted ({100 * (actual / predicted - 1):+.0f} %)"
+
+
+def _base(folder: Path) -> Path:
+    """A decoder of 6 layers with random weights, and a tokenizer of whole words."""
+    # Any: their stubs leave much untyped.
+    torch: Any = importlib.import_module("torch")
+    tokenizers: Any = importlib.import_module("tokenizers")
+    transformers: Any = importlib.import_module("transformers")
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *(f"w{n}" for n in range(WORDS))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=2 * TOKENS,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _job(base: Path, rounds: int) -> str:
+    return f"""
+name = "latency"
+[model]
+base = "{base}"
+[task]
+kind = "causal-lm"
+[data]
+name = "words"
+text = "text"
+max_length = {TOKENS}
+[training]
+batch_size = {ROWS}
+learning_rate = 1e-4
+[method]
+name = "deft"
+trains = "full"
+resource = "airtime"
+sharing = "hard"
+deadline_factor = 0
+[rounds]
+count = {rounds}
+[devices]
+minimum = {DEVICES}
+[evaluation]
+source = "none"
+"""
+
+
+def _timed(told: Mapping[str, Any]) -> list[Timed]:
+    """Of each committed round of a job's report."""
+    plans = [round_["plan"] for round_ in told["history"]]
+    return [Timed(float(plan["predicted_s"]), float(plan["actual_s"])) for plan in plans]
+
+
+def _latency_table(found: Mapping[int, Mapping[str, Sequence[Timed]]]) -> str:
+    names = list(next(iter(found.values())))
+    lines = [
+        "## DEFT: rounds on real processes",
+        "",
+        f"{DEVICES} devices in network namespaces, quotas {SPREAD:g} times apart that sum to {CORES:g} cores, solo rates {SPREAD:g} times "
+        f"apart around {UP_BITS_PER_S / 1e6:g} Mbit/s, airtime shared, hard caps; {LAYERS} blocks of a decoder's own weights; median round "
+        f"after {WARMUP_ROUNDS} warm-up rounds, seconds real (predicted).",
+        "",
+        "| solver | " + " | ".join(f"fleet {seed}" for seed in found) + " | real against exact | predicted off by |",
+        "| --- |" + " --- |" * (len(found) + 2),
+    ]
+    for name in names:
+        cells: list[str] = []
+        ratios: list[float] = []
+        off: list[float] = []
+        for timed in found.values():
+            actual = statistics.median(r.actual_s for r in timed[name])
+            cells.append(f"{actual:.2f} ({statistics.median(r.predicted_s for r in timed[name]):.2f})")
+            ratios.append(actual / statistics.median(r.actual_s for r in timed[names[0]]))
+            off += [abs(r.actual_s / r.predicted_s - 1) for r in timed[name] if r.predicted_s > 0]
+        cells += [f"{math.exp(statistics.mean(math.log(r) for r in ratios)):.2f}", f"{100 * statistics.median(off):.0f} %"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- learning
+
+LEARNERS: Mapping[str, str] = {
+    "federated LoRA": '[method]\nname = "fedavg_lora"\n',
+    "depth-aware data parallelism": '[method]\nname = "deft"\nlayout = "depth"\npayload = "deltas"\n',
+    "DEFT, deltas": '[method]\nname = "deft"\npayload = "deltas"\nrotate_rounds = 2\n',
+    "DEFT, gradients": '[method]\nname = "deft"\nrotate_rounds = 2\n',
+}
+STEPS, BATCH_ROWS = 8, 16
+"""Local steps of a round for those that send deltas; rows of a step."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy after so many rows (passed forward, all devices) and so many seconds of rounds."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+
+def _learning(options: argparse.Namespace) -> int:
+    labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
+    curves: dict[str, Curve] = {}
+    for name in options.learners:
+        with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
+            folder = Path(scratch)
+            files = _dealt(options.data, folder)
+            view = asyncio.run(trec6.job(folder, files, _learning_job(name, options, labels)))
+        curves[name] = _curve(view)
+        print(
+            f"{name}: {view.rounds_committed} rounds, accuracy {curves[name].accuracy[-1]:.4f} after {curves[name].rows[-1]:,} rows",
+            flush=True,
+        )
+    text = _learning_table(curves, options)
+    print(text)
+    if options.write:
+        _PICTURE.write_text(_picture(curves), encoding="utf-8")
+        sections.put("deft-learning", f"{text}\n\n![accuracy by rows and by seconds]({_PICTURE.name})\n\n{sections.measured(_command())}")
+    return 0
+
+
+def _dealt(data: Path, folder: Path) -> list[Path]:
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    files: list[Path] = []
+    for number, part in enumerate(split.iid(len(rows), DEVICES, 0)):
+        path = folder / f"rows-{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": rows[i]["text"], "label": rows[i]["label"]}) + "\n" for i in part), encoding="utf-8")
+        files.append(path)
+    return files
+
+
+def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str]) -> str:
+    gradients = name.endswith("gradients")
+    steps = 1 if gradients else STEPS
+    # DEFT trains one block on each row: as many rounds as pass the same number of rows forward.
+    rounds = max(1, round(options.rows / (DEVICES * steps * BATCH_ROWS)))
+    training = "" if gradients else f"steps = {steps}\n"
+    return f"""
+name = "learning"
+[model]
+base = {json.dumps(str(minilm_folder()))}
+allow_hub = false
+[task]
+kind = "text-classification"
+labels = {json.dumps(list(labels))}
+[lora]
+rank = 8
+alpha = 16
+targets = ["query", "value"]
+[data]
+name = "trec6"
+max_length = 64
+[training]
+{training}batch_size = {BATCH_ROWS}
+learning_rate = {options.learning_rate}
+{LEARNERS[name]}
+[rounds]
+count = {rounds}
+[devices]
+minimum = {DEVICES}
+wait_s = 300
+[evaluation]
+source = "heldout"
+heldout = {json.dumps(str((options.data / "test.jsonl").resolve()))}
+every = {max(1, rounds // options.points)}
+metric = "accuracy"
+"""
+
+
+def _curve(view: control_pb2.JobView) -> Curve:
+    first = watch.metric_of(view.initial_metrics, "accuracy")
+    assert first is not None
+    rows, seconds, accuracy = [0], [0.0], [first]
+    passed, spent = 0, 0.0
+    for item in view.history:
+        passed += sum(task.samples for task in item.tasks)
+        spent += item.ended_unix_s - item.started_unix_s
+        if (measured := watch.metric_of(item.metrics, "accuracy")) is not None:
+            rows.append(passed)
+            seconds.append(spent)
+            accuracy.append(measured)
+    return Curve(tuple(rows), tuple(seconds), tuple(accuracy))
+
+
+def _learning_table(curves: Mapping[str, Curve], options: argparse.Namespace) -> str:
+    lines = [
+        "## DEFT: what is learned by when",
+        "",
+        f"TREC-6, MiniLM, LoRA r=8 on query and value, {DEVICES} devices of equal speed on one machine, IID, batch {BATCH_ROWS}, "
+        f"learning rate {options.learning_rate:g}. Rows are those passed forward, summed over devices; seconds are those of rounds, evaluation included.",
+        "",
+        f"| method | rows | last accuracy | best | rows to {TARGET:g} | seconds to {TARGET:g} | seconds in all |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, curve in curves.items():
+        reached = next((index for index, value in enumerate(curve.accuracy) if value >= TARGET), None)
+        rows = "-" if reached is None else f"{curve.rows[reached]:,}"
+        seconds = "-" if reached is None else f"{curve.seconds[reached]:.0f}"
+        lines.append(
+            f"| {name} | {curve.rows[-1]:,} | {curve.accuracy[-1]:.3f} | {max(curve.accuracy):.3f} | {rows} | {seconds} "
+            f"| {curve.seconds[-1]:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _picture(curves: Mapping[str, Curve]) -> str:
+    by_rows = {name: list(zip(curve.rows, curve.accuracy, strict=True)) for name, curve in curves.items()}
+    by_seconds = {name: list(zip(curve.seconds, curve.accuracy, strict=True)) for name, curve in curves.items()}
+    return plot.svg([plot.Panel("by rows", "rows", "accuracy", by_rows), plot.Panel("by time", "seconds", "accuracy", by_seconds)])
+
+
+def _command() -> str:
+    words = list(sys.argv)
+    if "--data" in words:
+        # Where the data lie is this machine's own business.
+        words[words.index("--data") + 1] = "FOLDER"
+    return f"python {' '.join(words)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
