@@ -1,16 +1,19 @@
 # The same verbs for people and for CI. Every verb makes the virtual environment by itself if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-light check proto generate-proto bench wheel clean
+CHECKS := check-mypy check-pyright check-ruff check-contracts check-generated check-shell check-prometheus
+.PHONY: help setup demo test test-slow test-all setup-light test-light check $(CHECKS) proto generate-proto bench wheel test-arm clean
 
 VENV ?= .venv
 EXTRAS := coordinator,agent,train,torch-cpu,parquet,demo,dev
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# The tests run in several processes at once (tests/conftest.py says how many); with ARGS="-n 0" one after the other, in one process.
+SIDE_BY_SIDE := -n auto --dist worksteal
 export PYTHON TORCH_INDEX
 
 help:
 	@echo 'make setup    virtual environment in $(VENV) with everything (PYTHON=..., TORCH_INDEX=...)'
-	@echo 'make demo     a coordinator and three agents on this machine fine-tune MiniLM (DEMO_ARGS="--rounds 3")'
+	@echo 'make demo     a coordinator and three agents on this machine fine-tune MiniLM (METHOD=deft, DEMO_ARGS="--rounds 3")'
 	@echo 'make test     the tests, but for the slow ones (ARGS="tests/wire -k codec")'
 	@echo 'make test-slow  the slow ones: fleets of real processes'
 	@echo 'make test-all both'
@@ -19,6 +22,7 @@ help:
 	@echo 'make proto    code from the .proto files'
 	@echo 'make bench    rounds against bare gRPC (BENCH_ARGS="--agents 8 --mib 16")'
 	@echo 'make wheel    wheel and sdist in dist/'
+	@echo 'make test-arm the agent in an emulated aarch64 Debian, against a coordinator here; root (ARM_ARGS="--folder DIR")'
 	@echo 'make clean    removes what the above made, but for $(VENV)'
 
 setup: $(READY)
@@ -29,33 +33,49 @@ $(READY): pyproject.toml constraints.txt deploy/setup.sh
 	@touch $@
 
 demo: $(READY)
-	@$(VENV)/bin/fleetune demo $(DEMO_ARGS)
+	@$(VENV)/bin/fleetune demo $(if $(METHOD),--method $(METHOD)) $(DEMO_ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest -q -m 'not slow' $(ARGS)
+	@$(PY) -m pytest -q -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: $(READY)
-	@$(PY) -m pytest -q -m slow $(ARGS)
+	@$(PY) -m pytest -q -m slow $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: $(READY)
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q $(SIDE_BY_SIDE) $(ARGS)
 
-# All of them run, so that one look shows every complaint.
+# All of them run, so that one look shows every complaint: two at a time where make keeps what they print apart.
 check: $(READY)
-	@failed=; \
-	run() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed, $$name"; }; \
-	run ruff $(VENV)/bin/ruff check --quiet; \
-	run mypy $(VENV)/bin/mypy --no-error-summary; \
-	run pyright env PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --warnings; \
-	run 'import contracts' $(VENV)/bin/lint-imports --no-logo; \
-	run 'generated code' $(PY) -m pytest -q tests/test_proto_fresh.py; \
-	if [ -n "$$failed" ]; then echo "failed: $${failed#, }"; exit 1; fi
+	@$(MAKE) --no-print-directory --keep-going $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync) $(CHECKS)
+
+check-mypy: $(READY)
+	@echo '== mypy'; $(VENV)/bin/mypy --no-error-summary
+
+check-pyright: $(READY)
+	@echo '== pyright'; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --warnings
+
+check-ruff: $(READY)
+	@echo '== ruff'; $(VENV)/bin/ruff check --quiet
+
+check-contracts: $(READY)
+	@echo '== import contracts'; $(VENV)/bin/lint-imports --no-logo
+
+check-shell: $(READY)
+	@echo '== shellcheck'; $(VENV)/bin/shellcheck deploy/*.sh .ci/run
+
+check-prometheus:
+	@echo '== Prometheus files'; deploy/prometheus/check.sh
+
+check-generated: $(READY)
+	@echo '== generated code'; $(PY) -m pytest -q tests/test_proto_fresh.py
 
 # An environment of its own for each Python; no torch in it, as on a relay or a small board.
 LIGHT = .venv-light-$(notdir $(or $(PYTHON),python3))
 LIGHT_EXTRAS := coordinator,agent,test
+setup-light: $(LIGHT)/.ready
+
 test-light: $(LIGHT)/.ready
-	@$(LIGHT)/bin/python -m pytest -q -m 'not slow' $(ARGS)
+	@$(LIGHT)/bin/python -m pytest -q -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
 
 $(LIGHT)/.ready: pyproject.toml constraints.txt deploy/setup.sh
 	@echo 'setting up $(LIGHT)'
@@ -79,6 +99,10 @@ bench: $(READY)
 wheel: $(READY)
 	@rm -rf dist
 	@$(VENV)/bin/hatchling build -d dist
+
+# Minutes, a mirror of Debian and root: too much for every change. docs/edge-install.md has its last result.
+test-arm: $(READY)
+	@$(PY) bench/arm.py $(ARM_ARGS)
 
 clean:
 	@rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .venv-light-*

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fleetune.coordinator.rounds import aggregate
-from fleetune.coordinator.rounds.optimizers import OPTIMIZERS
+from fleetune.coordinator.rounds.optimizers import OPTIMIZERS, AdamW
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.v1 import messages_pb2
 from fleetune.wire import chunks, codec, digests
@@ -61,6 +61,14 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> None:
             base, contributions, folder / f"out-{kind}", optimizer(), None, folder / f"moments-{kind}", slab_bytes=slab_bytes
         )
         _report(f"fold, {kind}, first round", moved, 1, partial(aggregate.fold, plan))
+    gradients = tuple(
+        aggregate.Contribution(f"d{index}", _file(folder / f"g{index}", layout, arguments.dtype, {aggregate.KIND_KEY: "gradient"}, rng), 1)
+        for index in range(arguments.devices)
+    )
+    for words, limit in (("", 0.0), (", clipped", 1.0)):
+        server = AdamW(1e-3, max_grad_norm=limit)
+        plan = aggregate.FoldPlan(base, gradients, folder / "out-adamw", server, None, folder / "moments-adamw", slab_bytes=slab_bytes)
+        _report(f"step, adamw{words}", moved, 1, partial(aggregate.fold, plan), plan.out_state)
     expected = codec.read_table(base)
     size = contributions[0].path.stat().st_size / MIB
     _report("inspect one update", size, arguments.repeats, lambda: aggregate.inspect(contributions[0].path, expected))

@@ -126,8 +126,10 @@ class Member:
     def cancel(self, task_id: str, reason: str) -> None: ...
     def receipt(self, receipt: Receipt) -> None: ...
     def renew(self) -> None: ...
+    def set_uplink(self, task_id: str, bits_per_s: float) -> None: ...
+    def answered(self, seconds: float) -> None: ...
 
-    def answered(self, sequence: int) -> None:
+    def replied(self, sequence: int) -> None:
         now_s = time.monotonic()
         if (asked_s := self.asked_s.pop(sequence, None)) is not None:
             self.rtts.append((now_s, now_s - asked_s))
@@ -150,13 +152,13 @@ class Member:
 
 
 class _Timed(Session):
-    """The agent's session; the coordinator's answers to heartbeats, which the agent has no use for, are noted."""
+    """The agent's session; of the coordinator's answers to heartbeats it is noted which are missing, too."""
 
     _listener: Member
 
     def _hear(self, response: fleet_pb2.SessionResponse, welcome: Welcome) -> None:
         if response.HasField("heartbeat_reply"):
-            self._listener.answered(response.heartbeat_reply.sequence)
+            self._listener.replied(response.heartbeat_reply.sequence)
         super()._hear(response, welcome)
 
 
@@ -322,10 +324,11 @@ def text(outcome: Outcome) -> str:
 
 def section(outcome: Outcome, command: str) -> str:
     """Markdown for docs/benchmarks.md."""
+    own = "a connection" if outcome.plaintext else "a connection and a certificate"
     lines = [
         "## Herd: all agents lose their coordinator at once",
         "",
-        f"{outcome.agents} sessions of the agent, each with a connection of its own; the coordinator is killed",
+        f"{outcome.agents} sessions of the agent, each with {own} of its own; the coordinator is killed",
         f"and started again {outcome.down_s:g} s later.",
         "",
         sections.measured(command),

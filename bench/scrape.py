@@ -78,10 +78,12 @@ async def measure(devices: int, scrapes: int) -> None:
             walls: list[float] = []
             ticking = asyncio.create_task(tick(gaps))
             answer = await scraping.ask(metrics.port, Accept_Encoding="gzip")
+            cpu_s = time.process_time()
             for _ in range(scrapes):
                 began_s = time.perf_counter()
                 answer = await scraping.ask(metrics.port, Accept_Encoding="gzip")
                 walls.append(time.perf_counter() - began_s)
+            cpu_s = time.process_time() - cpu_s
             ticking.cancel()
             found = await scraping.scrape(metrics.port)
             tracemalloc.start()
@@ -96,6 +98,7 @@ async def measure(devices: int, scrapes: int) -> None:
                     len(answer.text),
                     len(answer.body),
                     ms(sorted(walls)[len(walls) // 2]),
+                    ms(cpu_s / scrapes),
                     ms(found.value("fleetune_scrape_render_seconds")),
                     ms(found.value("fleetune_scrape_snapshot_seconds")),
                     ms(max(idle)),
@@ -114,6 +117,8 @@ class Found:
     text_bytes: int
     gzip_bytes: int
     scrape_ms_median: float
+    cpu_ms: float
+    """Of both ends, and of looking at the loop."""
     render_ms: float
     snapshot_ms: float
     idle_loop_late_ms_max: float

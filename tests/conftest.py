@@ -22,9 +22,23 @@ import pytest_asyncio
 
 TESTS = Path(__file__).parent
 
-# A busy machine is no bug: hypothesis would count the time of each example.
-hypothesis.settings.register_profile("no-deadline", deadline=None)
+# Of `make test`; each has torch and a model or two in memory.
+MOST_WORKERS = 5
+
+# The width of the terminal that the tests are started from is no business of theirs; xdist's own processes always name one.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
+# A busy machine is no bug: hypothesis would count the time of each example, and that of drawing the first ones.
+hypothesis.settings.register_profile("no-deadline", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("no-deadline")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: one more than there are cores, as most tests wait for a process, a disk or a peer now and then."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS - 1) + 1
+
 
 # ---------------------------------------------------------------------------------------------------- tests that need torch
 

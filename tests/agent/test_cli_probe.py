@@ -13,9 +13,10 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from fleetune.agent import cli, cli_probe
+from fleetune.agent import cli, cli_probe, config
 from fleetune.agent.doctor import reading
 from fleetune.agent.doctor.facts import Facts, Torch
+from fleetune.agent.probe.linkfigures import LinkFigures
 from support.tiny_models import tiny_classifier
 
 BROKEN = Facts(board_name="Raspberry Pi 4 Model B", torch=Torch("2.10.0+cpu"))
@@ -65,6 +66,23 @@ def test_a_probe_is_kept_and_shown_again_with_its_age(tmp_path: Path) -> None:
     assert len(list((tmp_path / "state" / "figures").iterdir())) == 1
     # The same figures, not measured a second time.
     assert json.loads(typed(tmp_path, *words, "--json").stdout)["measured_unix_s"] == first["measured_unix_s"]
+
+
+def test_the_link_is_shown_with_its_age_and_source(tmp_path: Path) -> None:
+    known = LinkFigures(tmp_path / "figures", "coordinator:7433")
+    known.sent(1 << 20, 1.0)
+    known.answered(0.02)
+    document = known.due()
+    assert document is not None
+    known.write(document)
+    loaded = config.load(None, {}, {"state_dir": str(tmp_path), "link.down_mbps": "20"}, home=tmp_path)
+    link = cli_probe.link_report(loaded)
+    assert link is not None
+    assert cli_probe.link_words(link) == "up 8.4 Mbit/s (measured, 0 s old), down 20.0 Mbit/s (configured), round trip 20 ms"
+
+
+def test_without_an_agent_that_ran_no_link_is_known(tmp_path: Path) -> None:
+    assert cli_probe.link_report(config.load(None, {}, {"state_dir": str(tmp_path)}, home=tmp_path)) is None
 
 
 def test_a_depth_that_the_model_lacks_is_no_crash(tmp_path: Path) -> None:

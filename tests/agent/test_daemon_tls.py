@@ -151,6 +151,9 @@ async def test_a_certificate_is_renewed_under_a_running_upload_without_a_failed_
         await running.logged("receipt task=t2")
         assert await running.end(signal.SIGTERM) == 0
     assert "transfer cut" not in running.log
+    # It went over to a new connection on purpose, which nobody needs to look into.
+    assert re.search(r"INFO .*reconnecting .*reason='the certificate is a new one'", running.log)
+    assert "disconnected" not in running.log and "WARNING" not in running.log
     assert coordinator.updates["t1"].streams == 1
     assert coordinator.peers[0] != coordinator.peers[1]
     renewed = identity.load(tmp_path / "one" / "identity")

@@ -28,6 +28,7 @@ class Ear:
 
     events: list[tuple[object, ...]] = field(default_factory=list[tuple[object, ...]])
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    answers: list[float] = field(default_factory=list[float])
 
     def connected(self, welcome: Welcome) -> None:
         self._note("connected", welcome)
@@ -49,6 +50,12 @@ class Ear:
 
     def renew(self) -> None:
         self._note("renew")
+
+    def set_uplink(self, task_id: str, bits_per_s: float) -> None:
+        self._note("set_uplink", task_id, bits_per_s)
+
+    def answered(self, seconds: float) -> None:
+        self.answers.append(seconds)
 
     async def until(self, *names: str) -> tuple[object, ...]:
         """The last event, once the names of all events are these."""
@@ -101,6 +108,20 @@ async def test_hello_is_answered_and_heartbeats_count_from_one(coordinator: Fake
         await coordinator.until(lambda: len(coordinator.heartbeats) >= 3)
     assert coordinator.hellos[0].device_name == "one"
     assert [beat.sequence for beat in coordinator.heartbeats[:3]] == [1, 2, 3]
+
+
+async def test_rates_of_uploads_and_the_time_to_an_answer_are_heard(coordinator: FakeCoordinator) -> None:
+    ear = Ear()
+    async with opened(coordinator.address, ear) as (session, _):
+        await ear.until("connected")
+        coordinator.send(set_uplink=fleet_pb2.SetUplink(task_id="t1", rate=messages_pb2.UplinkRate(bits_per_s=5e6)))
+        coordinator.send(set_uplink=fleet_pb2.SetUplink(task_id="t1"))
+        await ear.until("connected", "set_uplink", "set_uplink")
+        session.beat_now()
+        await coordinator.until(lambda: len(coordinator.heartbeats) >= 3)
+    assert ear.events[1:] == [("set_uplink", "t1", 5e6), ("set_uplink", "t1", 0.0)] or ear.events[3][0] == "disconnected"
+    assert ear.answers
+    assert min(ear.answers) >= 0
 
 
 async def test_tasks_cancels_and_receipts_are_heard_in_order(coordinator: FakeCoordinator) -> None:

@@ -14,13 +14,14 @@ import pytest
 import pytest_asyncio
 from blake3 import blake3
 
+from fleetune.agent import pacing
 from fleetune.agent.bulk import STRANGE_TRIES_MAX, TransferError
 from fleetune.agent.domain import Blob, FailureKind, Receipt, ReceiptStatus, Update
 from fleetune.agent.downlink import Downlink
 from fleetune.agent.links import Line
-from fleetune.agent.uplink import Uplink
+from fleetune.agent.uplink import CLEAR_BYTES, PROBE_PIECE_BYTES, Uplink
 from fleetune.errors import DiskFullError
-from fleetune.v1 import messages_pb2
+from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
 from fleetune.wire import channel
 from support.fake_coordinator import CHUNK_BYTES, FakeCoordinator
 
@@ -265,3 +266,152 @@ async def test_a_cancelled_download_leaves_what_it_has_for_the_next_try(
     await asyncio.wait([fetching])
     await downlink.fetch(blob, tmp_path / "partial", tmp_path / "final", durable=False)
     assert (tmp_path / "final").read_bytes() == data
+
+
+async def test_a_longer_update_keeps_its_chunks_until_its_turn(
+    coordinator: FakeCoordinator, bulk: Line, heard: Heard, tmp_path: Path
+) -> None:
+    sent: list[int] = []
+    uplink = Uplink(
+        bulk, "device", heard.receipts.put_nowait, lambda update, kind, message: None, lambda update, held, total: sent.append(held)
+    )
+    uplink.hears_turns = True
+    coordinator.turn = asyncio.Event()
+    update, path, data = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    uplink.send(update, path, fresh=True)
+    await coordinator.until(lambda: "t1" in coordinator.updates)
+    async with bulk.use() as opened:  # behind whatever the upload has written
+        request = blob_pb2.UploadStatusRequest(device_id="device", task_id="t1", blob=coordinator.updates["t1"].header.blob)
+        stub: blob_pb2_grpc.BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(opened)
+        await stub.UploadStatus(request, timeout=20)
+    assert not any(sent)
+    coordinator.turn.set()
+    assert (await soon(heard.receipts)).status is ReceiptStatus.ACCEPTED
+    assert coordinator.updates["t1"].data == data
+    await uplink.close()
+
+
+async def test_an_update_that_waits_for_its_turn_hears_that_it_is_known(
+    coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path
+) -> None:
+    uplink.hears_turns = True
+    update, path, _ = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    for status in (ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE):
+        uplink.send(update, path, fresh=True)
+        if status is ReceiptStatus.ACCEPTED:
+            coordinator.turn = asyncio.Event()
+            coordinator.turn.set()
+        assert (await soon(heard.receipts)).status is status
+
+
+async def test_an_update_that_is_refused_before_its_turn_hears_why(
+    coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path
+) -> None:
+    uplink.hears_turns = True
+    coordinator.upload_abort = (grpc.StatusCode.INVALID_ARGUMENT, "not like this")
+    update, path, _ = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    uplink.send(update, path, fresh=True)
+    _, kind, message = await asyncio.wait_for(heard.failures.get(), 20)
+    assert (kind, "not like this" in message) == (FailureKind.TRANSFER, True)
+
+
+async def test_a_paced_update_goes_in_pieces_at_its_rate(
+    coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path
+) -> None:
+    slept: list[float] = []
+
+    class Patient(pacing.Pace):
+        async def admit(self, size_bytes: int) -> None:
+            assert size_bytes <= pacing.PIECE_BYTES_MAX + 128
+            slept.append(self.bucket.wait_s(size_bytes))
+            self.bucket.take(size_bytes)
+
+    update, path, data = an_update(tmp_path, 2 * CHUNK_BYTES)
+    uplink.set_rate("t1", 8e6)
+    uplink._paces["t1"] = Patient(8e6)  # pyright: ignore[reportPrivateUsage]  # in place of its clock
+    uplink.send(update, path, fresh=True)
+    await soon(heard.receipts)
+    assert coordinator.updates["t1"].data == data
+    # Pieces of a twentieth of a second each.
+    assert len(slept) == 3
+    assert max(slept) > 0
+
+
+async def test_a_rate_that_is_lifted_frees_an_upload_that_waits(
+    coordinator: FakeCoordinator, bulk: Line, heard: Heard, tmp_path: Path
+) -> None:
+    begun = asyncio.Event()
+    uplink = Uplink(bulk, "device", heard.receipts.put_nowait, lambda update, kind, message: None, lambda update, sent, total: begun.set())
+    update, path, data = an_update(tmp_path, 4 * CHUNK_BYTES)
+    # Ten minutes for all of it.
+    uplink.set_rate("t1", 8 * 4 * CHUNK_BYTES / 600)
+    uplink.send(update, path, fresh=True)
+    await asyncio.wait_for(begun.wait(), 20)
+    uplink.set_rate("t1", 0.0)
+    await soon(heard.receipts)
+    await uplink.close()
+    assert coordinator.updates["t1"].data == data
+
+
+async def test_an_unpaced_upload_has_no_pace_at_all(
+    coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_: object, size_bytes: int) -> None:
+        raise AssertionError(f"{size_bytes} bytes were held back")
+
+    monkeypatch.setattr(pacing.Pace, "admit", never)
+    update, path, data = an_update(tmp_path)
+    uplink.set_rate("t1", 0.0)
+    uplink.set_rate("another", 1e6)
+    uplink.send(update, path, fresh=True)
+    await soon(heard.receipts)
+    assert coordinator.updates["t1"].data == data
+
+
+async def test_what_an_upload_shows_of_the_link_is_told(coordinator: FakeCoordinator, bulk: Line, heard: Heard, tmp_path: Path) -> None:
+    samples: list[tuple[int, float, float, bool]] = []
+    made = Uplink(
+        bulk,
+        "device",
+        heard.receipts.put_nowait,
+        lambda update, kind, message: None,
+        lambda update, sent, total: None,
+        lambda size_bytes, seconds, limit, at_least: samples.append((size_bytes, seconds, limit, at_least)),
+    )
+    made.chunk_bytes = CHUNK_BYTES
+    long, long_path, _ = an_update(tmp_path, 10 * CHUNK_BYTES)
+    made.send(long, long_path, fresh=True)
+    await soon(heard.receipts)
+    short, short_path, _ = an_update(tmp_path, CHUNK_BYTES, "t2")
+    made.send(short, short_path, fresh=True)
+    await soon(heard.receipts)
+    made.set_rate("t3", 1e9)
+    paced, paced_path, _ = an_update(tmp_path, 4 * CHUNK_BYTES, "t3")
+    made.send(paced, paced_path, fresh=True)
+    await soon(heard.receipts)
+    await made.close()
+    # Without the first two chunks, which may have waited for their turn.
+    assert (samples[0][0], samples[0][3]) == (8 * CHUNK_BYTES, 8 * CHUNK_BYTES < CLEAR_BYTES)
+    assert (samples[1][0], samples[1][3]) == (CHUNK_BYTES, True)
+    assert samples[2][2] == 1e9 / 8
+
+
+async def test_the_way_up_is_measured_by_the_coordinators_clock(coordinator: FakeCoordinator, uplink: Uplink) -> None:
+    assert await uplink.probe() == (4 * PROBE_PIECE_BYTES, 0.5)
+    assert coordinator.probed_bytes == [5 * PROBE_PIECE_BYTES]
+
+
+async def test_a_coordinator_that_does_not_measure_now_says_so(coordinator: FakeCoordinator, uplink: Uplink) -> None:
+    coordinator.probe_abort = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many")
+    with pytest.raises(grpc.aio.AioRpcError, match="too many"):
+        await uplink.probe()
+
+
+async def test_what_a_download_shows_of_the_link_is_told(coordinator: FakeCoordinator, bulk: Line, tmp_path: Path) -> None:
+    samples: list[tuple[int, float, float, bool]] = []
+    made = Downlink(bulk, on_sample=lambda size_bytes, seconds, limit, at_least: samples.append((size_bytes, seconds, limit, at_least)))
+    for size_bytes in (5 * CHUNK_BYTES, CHUNK_BYTES):
+        ref = coordinator.add_blob(os.urandom(size_bytes))
+        await made.fetch(Blob(ref.digest, ref.size_bytes), tmp_path / "partial", tmp_path / str(size_bytes), durable=False)
+    made.close()
+    assert [(size, at_least) for size, _, _, at_least in samples] == [(4 * CHUNK_BYTES, False), (CHUNK_BYTES, True)]

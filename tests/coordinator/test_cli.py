@@ -322,6 +322,24 @@ async def test_jobs_and_devices_and_logs_are_tables(fleet: Fleet, capsys: Captur
     assert all(word in printed for word in ("intents", "4/10", "kitchen-pi", "offline", "loading 103 weights"))
 
 
+async def test_of_many_jobs_the_newest_are_listed_and_it_is_said_that_there_are_more(fleet: Fleet, capsys: Captured) -> None:
+    for number in range(4):
+        view = job_views.job(pb.JOB_STATE_COMPLETED, ended_after_s=9)
+        view.job_id = f"job-{number}"
+        fleet.jobs[view.job_id] = view
+    ids = list(fleet.jobs)
+    for words, shown, hint in (
+        (["--limit", "2"], ids[-2:], "the newest 2; --all lists the older ones, too\n"),
+        (["--limit", str(len(ids))], ids, ""),
+        (["--limit", "1", "--all"], ids, ""),
+        ([], ids, ""),
+    ):
+        assert await run(fleet, "jobs", "--json", *words) == ExitCode.OK
+        told = capsys.readouterr()
+        assert [job["job_id"] for job in json.loads(told.out)["jobs"]] == shown
+        assert told.err == hint
+
+
 async def test_logs_of_an_unknown_device_are_exit_code_4(fleet: Fleet) -> None:
     assert await run(fleet, "logs", "last", "nobody") == ExitCode.NOT_FOUND
 

@@ -11,14 +11,14 @@ from fleetune.coordinator import descriptors
 
 @pytest.mark.parametrize(
     ("soft", "connections"),
-    [(256, 64), (1024, 512), (65_536, 65_024), (10**9, 100_000), (resource.RLIM_INFINITY, 100_000)],
+    [(256, 64), (1024, 256), (65_536, 64_768), (10**9, 100_000), (resource.RLIM_INFINITY, 100_000)],
 )
 def test_connections_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch, soft: int, connections: int) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
     assert descriptors.connections_max() == connections
 
 
-@pytest.mark.parametrize(("soft", "hard", "then"), [(1024, 4096, 4096), (1024, resource.RLIM_INFINITY, 100_512), (4096, 4096, 4096)])
+@pytest.mark.parametrize(("soft", "hard", "then"), [(1024, 4096, 4096), (1024, resource.RLIM_INFINITY, 100_768), (4096, 4096, 4096)])
 def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, then: int) -> None:
     limits = [(soft, hard)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])

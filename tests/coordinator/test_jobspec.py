@@ -43,7 +43,7 @@ def test_every_example_job_is_right_and_begins_with_its_command(path: Path) -> N
 def test_there_is_an_example_for_each_task_and_each_method() -> None:
     specs = [jobspec.parse(path.read_text("utf-8")) for path in JOBS.glob("*.toml")]
     assert {spec.task.kind for spec in specs} == {"text-classification", "causal-lm", "seq2seq-lm", None}
-    assert {spec.method.name for spec in specs} == {"fedavg_lora", "echo"}
+    assert {spec.method.name for spec in specs} == {"fedavg_lora", "deft", "echo"}
 
 
 def test_a_minimal_classification_is_completed_by_its_task() -> None:
@@ -249,6 +249,52 @@ def test_server_optimizers_get_a_rate_of_their_own() -> None:
     for optimizer, rate in (("fedavgm", 1.0), ("fedadam", 0.01), ("fedyogi", 0.01)):
         spec = jobspec.parse(CLASSIFICATION + f'[method]\nserver_optimizer = "{optimizer}"')
         assert spec.method.server_learning_rate == rate
+
+
+DEFT = CLASSIFICATION + '[method]\nname = "deft"\n'
+
+DEFT_RULES: list[tuple[str, str, str]] = [
+    ("a layout for fedavg", CLASSIFICATION + '[method]\nlayout = "blocks"', "method.layout"),
+    ("spares for fedavg", CLASSIFICATION + "[method]\nspares = true", "method.spares"),
+    ("an uplink for echo", CLASSIFICATION + '[method]\nname = "echo"\nuplink_mbps = 8', "method.uplink_mbps"),
+    ("a server optimiser", DEFT + 'server_optimizer = "fedadam"', "method.server_optimizer"),
+    ("the pull of FedProx", DEFT + "proximal_mu = 0.1", "method.proximal_mu"),
+    ("auto with a layout", CLASSIFICATION + '[method]\nname = "auto"\nlayout = "depth"', "method.layout"),
+    ("a solver without blocks", DEFT + 'layout = "depth"\nsolver = "exact"', "method.solver"),
+    ("blocks on a single device", DEFT + 'layout = "single"\nlayers_per_block = 2', "method.layers_per_block"),
+    ("turns in data-parallel", DEFT + 'layout = "data-parallel"\nrotate_rounds = 2', "method.rotate_rounds"),
+    ("a bandwidth of airtime", DEFT + 'resource = "airtime"\nuplink_mbps = 8', "method.uplink_mbps"),
+    ("a deadline before the end", DEFT + "deadline_factor = 0.5", "method.deadline_factor"),
+    ("several steps of a gradient", DEFT + "[training]\nsteps = 4", "training.steps"),
+    ("no step of a gradient", DEFT + "[training]\nsteps = 0", "training.steps"),
+    ("epochs of a gradient", DEFT + "[training]\nepochs = 1", "training.epochs"),
+    ("deltas in epochs", DEFT + 'payload = "deltas"\n[training]\nepochs = 1', "training.epochs"),
+    ("deltas of no steps", DEFT + 'payload = "deltas"', "training.steps"),
+    ("an optimiser for deltas", DEFT + 'payload = "deltas"\nserver_beta2 = 0.9\n[training]\nsteps = 2', "method.server_beta2"),
+    ("a bound for gradients", DEFT + "[rounds]\nupdate_norm_bound = 5", "rounds.update_norm_bound"),
+    ("a way to share nothing", DEFT + 'sharing = "hard"', "method.sharing"),
+    ("adapters of whole layers", DEFT + 'trains = "full"\n[lora]\nrank = 4', "lora.rank"),
+    ("a solver of no name", DEFT + 'solver = "best"', "method.solver"),
+]
+
+
+@pytest.mark.parametrize(("text", "path"), [rule[1:] for rule in DEFT_RULES], ids=[rule[0] for rule in DEFT_RULES])
+def test_a_setting_that_deft_has_no_use_for_is_the_only_complaint(text: str, path: str) -> None:
+    found = complaints_of(text)
+    assert list(found) == [path]
+    assert found[path].remedy
+
+
+def test_a_round_of_gradients_is_one_step_with_the_decay_of_adamw() -> None:
+    spec = jobspec.parse(DEFT)
+    assert (spec.training.steps, spec.training.epochs) == (1, 0.0)
+    assert (spec.method.layout, spec.method.payload, spec.method.server_beta2) == ("blocks", "gradients", 0.999)
+    assert jobspec.parse(CLASSIFICATION).method.server_beta2 == 0.99
+
+
+def test_auto_is_deft_with_the_layout_left_open() -> None:
+    spec = jobspec.parse(CLASSIFICATION + '[method]\nname = "auto"\nsolver = "exact"\nrotate_rounds = 3')
+    assert (spec.method.name, spec.method.layout) == ("deft", "auto")
 
 
 def test_whole_numbers_do_for_fractions_but_not_the_other_way_round() -> None:

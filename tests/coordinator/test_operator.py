@@ -14,7 +14,7 @@ from fleetune.errors import ConfigError
 from fleetune.wire import identity
 from fleetune.wire.identity import Identity
 from fleetune.wire.joinline import JoinLine
-from support.authority import DAY_S, Authority
+from support.authority import DAY_S, Authority, Leaf, Purpose
 from support.join_service import TOKEN, Door, joining
 
 
@@ -91,10 +91,48 @@ def test_a_damaged_identity_is_not_overwritten_either(tmp_path: Path, authority:
     operator.refuse_overwriting(tmp_path, again=True)
 
 
+def files(folder: Path, authority: Authority, leaf: Leaf) -> operator.Files:
+    """As an authority of one's own hands them out."""
+    folder.mkdir()
+    for name, data in (("ada.pem", leaf.certificate), ("ada.key", leaf.key), ("ca.pem", authority.root)):
+        (folder / name).write_bytes(data)
+    return operator.Files(folder / "ada.pem", folder / "ada.key", folder / "ca.pem")
+
+
 def test_a_certificate_of_another_authority_is_taken_for_an_operator_s_only(tmp_path: Path, authority: Authority) -> None:
-    leaf = authority.leaf("ada", "urn:fleetune:operator:view", "client")
-    made = operator.bring(leaf.certificate, leaf.key, authority.root, "fleet.example:7433", tmp_path / "ada")
-    assert (made.facts.name, made.facts.role, operator.load(tmp_path / "ada")) == ("ada", "view", made)
-    device = authority.leaf("pi-1", "urn:fleetune:agent", "client")
-    with pytest.raises(ConfigError, match="not of an operator"):
-        operator.bring(device.certificate, device.key, authority.root, "fleet.example:7433", tmp_path / "pi")
+    ada = files(tmp_path / "ada", authority, authority.leaf("ada", "urn:fleetune:operator:view", "client"))
+    made = operator.bring(ada, "fleet.example:7433", tmp_path / "identity")
+    assert (made.facts.name, made.facts.role, operator.load(tmp_path / "identity")) == ("ada", "view", made)
+    with pytest.raises(ConfigError, match="holds an identity"):
+        operator.bring(ada, "fleet.example:7433", tmp_path / "identity")
+    operator.bring(ada, "other.example:7433", tmp_path / "identity", again=True)
+    assert operator.reach(None, False, tmp_path / "identity").address == "other.example:7433"
+
+
+@pytest.mark.parametrize(
+    ("name", "uri", "purpose", "begin_s", "words"),
+    [
+        ("pi-1", "urn:fleetune:agent", "client", 0.0, "not of an operator"),
+        ("ada", "urn:fleetune:operator:king", "client", 0.0, "no agent's and no operator's"),
+        ("ada", "urn:fleetune:operator:view", "server", 0.0, "does not say whose it is"),
+        ("Ada L.!", "urn:fleetune:operator:view", "client", 0.0, "takes for nobody"),
+        ("ada", "urn:fleetune:operator:view", "client", -90 * DAY_S, "ended on"),
+    ],
+)
+def test_a_certificate_that_the_coordinator_would_refuse_is_not_taken(
+    tmp_path: Path, authority: Authority, name: str, uri: str, purpose: Purpose, begin_s: float, words: str
+) -> None:
+    leaf = authority.leaf(name, uri, purpose, begin_unix_s=time.time() - 300 + begin_s)
+    with pytest.raises(ConfigError, match=words):
+        operator.bring(files(tmp_path / "ada", authority, leaf), "fleet.example:7433", tmp_path / "identity")
+    assert not (tmp_path / "identity").exists()
+
+
+def test_files_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, authority: Authority) -> None:
+    given = files(tmp_path / "ada", authority, authority.leaf("ada", "urn:fleetune:operator:view", "client"))
+    given.key.write_bytes(authority.leaf("eve", "urn:fleetune:operator:view", "client").key)
+    with pytest.raises(ConfigError, match="for another key"):
+        operator.bring(given, "fleet.example:7433", tmp_path / "identity")
+    given.roots.unlink()
+    with pytest.raises(ConfigError, match=r"ca\.pem cannot be read: No such file"):
+        operator.bring(given, "fleet.example:7433", tmp_path / "identity")

@@ -139,7 +139,7 @@ def test_a_job_adds_predictions_of_other_methods(fleet_file: Path, tmp_path: Pat
     assert main(["plan", "--fleet", str(fleet_file), "--job", str(job), "--json"]) == ExitCode.OK
     made = json.loads(capsys.readouterr().out)
     assert list(made) == [*KEYS, "predictions"]
-    assert [one["method"] for one in made["predictions"]] == ["deft", "best-single", "data-parallel", "data-parallel-fastest"]
+    assert [one["method"] for one in made["predictions"]] == ["deft", "best-single", "data-parallel", "data-parallel-fastest", "depth"]
     assert made["predictions"][0]["rows_per_round"] == 2 * 4 * 8
     assert made["predictions"][0]["rows"] == 5 * 4 * 8
     assert main(["plan", "--fleet", str(fleet_file), "--job", str(job)]) == ExitCode.OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from fleetune.coordinator import report
@@ -76,3 +77,16 @@ def test_a_report_of_a_very_long_job_says_since_when_it_knows_the_devices_parts(
     assert "is told from round" not in printed(view)
     view.tasks_since_round = 3
     assert "what each device did is told from round 3 on" in printed(view)
+
+
+def test_a_report_of_planned_rounds_sets_what_was_predicted_against_what_it_took() -> None:
+    view = job_views.job(pb.JOB_STATE_COMPLETED, history=[job_views.planned(1), job_views.planned(2, actual_s=50.0)], ended_after_s=90)
+    slow, fast = sorted(report.device_plans(view), key=lambda one: one.device, reverse=True)
+    assert (slow.device, slow.rounds_planned, slow.predicted_s, slow.actual_s) == ("kitchen-pi", 2, 40.0, 47.0)
+    assert slow.error == pytest.approx((0.1 + 0.25) / 2)
+    assert fast.error == 0.0
+    assert report.round_errors(view) == pytest.approx([0.1, 0.25])
+    plans = report.report_json(view)["plans"]
+    assert isinstance(plans, dict)
+    assert plans["round_error"] == pytest.approx(0.175)
+    assert "plans" not in report.report_json(job_views.job(pb.JOB_STATE_COMPLETED, history=[job_views.committed(1)]))

@@ -251,3 +251,63 @@ async def test_a_watch_in_json_is_one_document_a_line() -> None:
     assert [document["state"] for document in documents] == ["running", "cancelled"]
     assert documents[0]["current"]["tasks"][0]["stage"] == "training"
     assert documents[0]["initial_metrics"]["accuracy"] == pytest.approx(0.0812)
+
+
+# --- planned rounds
+
+
+def test_a_planned_round_shows_who_trains_what_at_which_rate_and_when_it_is_due() -> None:
+    for width in (80, 104):
+        lines = drawn(job_views.in_planned_training(), width=width)
+        line = line_with(lines, "kitchen-pi")
+        assert "layer.2-0" in line
+        assert "5.2 Mbit/s" in line
+        assert "42 s" in line
+        late = line_with(lines, "attic-nano")
+        assert "34 s" in late
+        assert "48 s" in late
+        assert line_with(lines, "plan: blocks").strip() == "plan: blocks (exact), 42 s predicted, 1 device idle"
+        assert all(len(line.rstrip()) <= width for line in lines)
+
+
+def test_the_lines_of_a_planned_round_tell_its_plan_once_and_what_it_took() -> None:
+    announcer = watch.Announcer()
+    view = job_views.in_planned_training()
+    said = announcer.lines(view)
+    assert any("round 4/10 plan: blocks (exact), 42 s predicted, 1 device idle: attic-nano layer.5" in line for line in said)
+    assert any("training 44 s of 40 s predicted" in line for line in said)
+    assert announcer.lines(view) == []
+
+
+def test_measuring_is_told_before_the_round_is_planned() -> None:
+    view = job_views.job()
+    measuring = [job_views.task(name, pb.DEVICE_TASK_STATE_ASSIGNED, kind=messages_pb2.TASK_KIND_MEASURE) for name in ("a", "b")]
+    view.current.CopyFrom(pb.RoundView(round=1, phase=pb.ROUND_PHASE_MEASURING, tasks=measuring))
+    announcer = watch.Announcer()
+    assert "round 1/10: 2 devices told to measure how fast they train" in announcer.lines(view)
+    assert announcer.lines(view) == []
+    assert line_with(drawn(view), "measuring, 0 of 2 devices done")
+
+
+@pytest.mark.parametrize(
+    ("depths", "text"),
+    [
+        ([1], "head"),
+        ([3], "layer.4"),
+        ([1, 2, 3], "head to layer.4"),
+        ([2, 3, 4], "layer.5-3"),
+        ([1, 2, 3, 4, 5, 6, 7], "all 7 blocks"),
+        ([2, 5], "2 blocks"),
+        ([9], "depth 9"),
+        ([], "-"),
+    ],
+)
+def test_depths_have_the_names_of_their_blocks(depths: list[int], text: str) -> None:
+    assert watch.blocks_text(depths, job_views.BLOCKS) == text
+
+
+def test_a_share_is_of_what_is_shared() -> None:
+    own = job_views.part([1], 2.0, bits_per_s=5.2e6, share=0.23)
+    assert watch.share_text(own, pb.PlanView(share_unit="bit/s")) == "5.2 Mbit/s"
+    assert watch.share_text(own, pb.PlanView(share_unit="airtime")) == "23% air"
+    assert watch.share_text(job_views.part([1], 2.0), pb.PlanView()) == "free"

@@ -18,7 +18,7 @@ from fleetune.wire import channel
 from support import tiny_models
 from support.fleet import ENDED, Agent, Fleet, JobView, task_of, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 LABELS = list(tiny_models.LABELS)
 
@@ -186,7 +186,7 @@ def test_an_agent_killed_in_its_training_takes_the_training_with_it(tmp_path: Pa
         child = under_way(fleet, job)
         fleet.kill9("slow")
 
-        psutil.wait_procs([child], timeout=10)
+        psutil.wait_procs([child], timeout=60)
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         view = fleet.wait(job)
 

@@ -16,7 +16,7 @@ from fleetune.v1 import control_pb2
 from support.fleet import Agent, Fleet, JobView, task_of, toml
 from support.link import Link
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 BRISK = ("--heartbeat-s", "0.5", "--lease-s", "2")
 

@@ -10,7 +10,7 @@ import pytest
 from fleetune.v1 import control_pb2
 from support.fleet import Fleet, FleetError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 STARTS = 20
 

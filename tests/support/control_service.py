@@ -179,6 +179,9 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
     async def Upload(self, request_iterator: AsyncIterator[blob_pb2.UploadRequest], context: Context) -> blob_pb2.UploadResponse:
         raise NotImplementedError
 
+    async def Probe(self, request_iterator: AsyncIterator[blob_pb2.ProbeRequest], context: Context) -> blob_pb2.ProbeResponse:
+        raise NotImplementedError
+
 
 def _runs(job: control_pb2.JobView) -> bool:
     return job.state < control_pb2.JOB_STATE_COMPLETED

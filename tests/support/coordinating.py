@@ -54,17 +54,13 @@ class Coordinator:
         return job
 
     async def until(self, job: LiveJob, true: Callable[[LiveJob], bool]) -> None:
-        """Wait until `true(job)`; every change of a job wakes this."""
-
-        async def watch() -> None:
-            while not true(job):
-                await job.changed.wait()
-
-        try:
-            await asyncio.wait_for(watch(), WAIT_S)
-        except asyncio.TimeoutError:
-            state = job.machine
-            raise AssertionError(f"job stays {state.status} ({state.message!r}), {state.committed} rounds, {state.round}") from None
+        """Wait until `true(job)`. Every change of the job is looked at, and none of them may keep a test waiting for long."""
+        while not true(job):
+            try:
+                await asyncio.wait_for(job.changed.wait(), WAIT_S)
+            except asyncio.TimeoutError:
+                state = job.machine
+                raise AssertionError(f"job stays {state.status} ({state.message!r}), {state.committed} rounds, {state.round}") from None
 
     async def pause(self, job: LiveJob) -> None:
         await self.control.PauseJob(control_pb2.PauseJobRequest(job_id=job.job_id))
@@ -80,9 +76,9 @@ class Coordinator:
 
 
 def settings(state_dir: Path, **changes: object) -> CoordinatorConfig:
-    """The defaults, on a free port, with a lease short enough for a test."""
+    """The defaults, on a free port, with a lease that outlasts every wait: agents in a test's own process send no heartbeats."""
     made = config.load(
-        None, {}, {"listen": "127.0.0.1:0", "plaintext": True, "state_dir": str(state_dir), "heartbeat_s": 0.5, "lease_s": 5.0}
+        None, {}, {"listen": "127.0.0.1:0", "plaintext": True, "state_dir": str(state_dir), "heartbeat_s": 0.5, "lease_s": 3 * WAIT_S}
     )
     return replace(made, **changes)  # type: ignore[arg-type]  # checked by the dataclass's own names
 

@@ -7,6 +7,7 @@ import contextlib
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -22,6 +23,8 @@ ANSWER_S = 20.0
 """Longest wait for anything a test expects; only a bug takes longer."""
 
 CHUNK_BYTES = 4096
+
+A = TypeVar("A", bound="EchoAgent")
 
 
 class EchoAgent:
@@ -68,6 +71,7 @@ class EchoAgent:
         self.receipts: asyncio.Queue[messages_pb2.Receipt] = asyncio.Queue()
         self.done: list[tuple[str, int]] = []
         """(task id, receipt status) of every task that `serve` answered."""
+        self._more_done = asyncio.Event()
         self._channel: grpc.aio.Channel | None = None
         self._jobs: list[asyncio.Task[None]] = []
 
@@ -75,8 +79,9 @@ class EchoAgent:
     def device_id(self) -> str:
         return self.hello.device_id
 
-    async def __aenter__(self) -> EchoAgent:
-        return await self.connect()
+    async def __aenter__(self: A) -> A:
+        await self.connect()
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         await self.cut()
@@ -135,6 +140,12 @@ class EchoAgent:
         self._jobs.append(asyncio.create_task(self._serve(), name=f"work of {self.hello.device_name}"))
         return self
 
+    async def answered(self, tasks: int) -> None:
+        """Wait until `serve` has the receipts of so many; a job may have ended a moment before."""
+        while len(self.done) < tasks:
+            self._more_done.clear()
+            await asyncio.wait_for(self._more_done.wait(), ANSWER_S)
+
     async def _listen(self) -> None:
         try:
             while isinstance(response := await self._call.read(), fleet_pb2.SessionResponse):
@@ -158,6 +169,7 @@ class EchoAgent:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 receipt = await self.answer(task)
                 self.done.append((task.task_id, receipt.status))
+                self._more_done.set()
 
     # -- work
 

@@ -23,6 +23,7 @@ R = TypeVar("R")
 _SessionContext = grpc.aio.ServicerContext[fleet_pb2.SessionRequest, fleet_pb2.SessionResponse]
 _DownloadContext = grpc.aio.ServicerContext[blob_pb2.DownloadRequest, blob_pb2.DownloadResponse]
 _StatusContext = grpc.aio.ServicerContext[blob_pb2.UploadStatusRequest, blob_pb2.UploadStatusResponse]
+_ProbeContext = grpc.aio.ServicerContext[blob_pb2.ProbeRequest, blob_pb2.ProbeResponse]
 _UploadContext = grpc.aio.ServicerContext[blob_pb2.UploadRequest, blob_pb2.UploadResponse]
 
 
@@ -58,6 +59,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         # Bytes after which the next streams are cut with UNAVAILABLE.
         self.cut_uploads: list[int] = []
         self.cut_downloads: list[int] = []
+        # Bytes of each probe of the link; what it is answered with instead.
+        self.probed_bytes: list[int] = []
+        self.probe_abort: tuple[grpc.StatusCode, str] | None = None
         self.upload_abort: tuple[grpc.StatusCode, str] | None = None
         self.answers_heartbeats = True
         self.sends_receipts = True
@@ -71,6 +75,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         self.session_abort: tuple[grpc.StatusCode, str] | None = None
         # While set to an event that is not, uploads wait before they go on.
         self.upload_gate: asyncio.Event | None = None
+        # While set to an event that is not, uploads wait for their turn.
+        self.turn: asyncio.Event | None = None
         self.peers: list[str] = []
         """Of each session, the serial connection it came over."""
         self._changed = asyncio.Condition()
@@ -129,8 +135,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
     # --- FleetService
 
     async def Session(self, request_iterator: object, context: _SessionContext) -> None:  # type: ignore[override]  # aio flavour
-        first = await context.read()
-        assert isinstance(first, fleet_pb2.SessionRequest)
+        first = await _read_or_end(context)
+        if first is None:  # the agent has given up before it said anything
+            return
         self.peers.append(context.peer())
         if self.session_abort is not None:
             await self._note(self.hellos, first.hello)
@@ -216,7 +223,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
 
     async def Upload(self, request_iterator: AsyncIterator[blob_pb2.UploadRequest], context: _UploadContext) -> blob_pb2.UploadResponse:
         request = await _read_or_end(context)
-        assert request is not None
+        if request is None:  # the agent has given up before it said anything
+            return blob_pb2.UploadResponse()
         header = request.header
         if self.upload_abort is not None:
             await context.abort(*self.upload_abort)
@@ -225,6 +233,10 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         if update.committed:
             return blob_pb2.UploadResponse(receipt=self._receipt(header, messages_pb2.RECEIPT_STATUS_DUPLICATE))
         assert header.offset <= len(update.data)
+        if self.turn is not None:
+            await self._stir()
+            await self.turn.wait()
+            await context.send_initial_metadata(())
         limit = self.cut_uploads.pop(0) if self.cut_uploads else header.blob.size_bytes
         while request is not None:
             if request.HasField("chunk"):
@@ -243,6 +255,15 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         update.committed = True
         await self._stir()
         return blob_pb2.UploadResponse(receipt=self._receipt(header, self.receipt_status))
+
+    async def Probe(self, request_iterator: AsyncIterator[blob_pb2.ProbeRequest], context: _ProbeContext) -> blob_pb2.ProbeResponse:
+        if self.probe_abort is not None:
+            await context.abort(*self.probe_abort)
+        received = 0
+        while (request := await _read_or_end(context)) is not None:
+            received += len(request.data)
+        await self._note(self.probed_bytes, received)
+        return blob_pb2.ProbeResponse(received_bytes=received, seconds=0.5)
 
     def _receipt(self, header: blob_pb2.UploadHeader, status: messages_pb2.ReceiptStatus.ValueType) -> messages_pb2.Receipt:
         return messages_pb2.Receipt(task_id=header.task_id, lease=header.lease, status=status)

@@ -25,7 +25,7 @@ from support import enrolling
 READY_S = 60.0
 """From a process's start until it serves or is connected; only a hang takes longer."""
 
-JOB_S = 60.0
+JOB_S = 120.0
 """Longest wait for a state of a job; below a test's own limit, so that the logs are told."""
 
 STOP_S = 30.0

@@ -28,9 +28,9 @@ from fleetune.child import answers, entry
 from fleetune.complaints import ComplaintsError
 from fleetune.coordinator import config as coordinator_config
 from fleetune.coordinator import jobspec, overrides, principal
-from fleetune.coordinator.domain import Blob, Candidate, Prepared
+from fleetune.coordinator.domain import Blob, Candidate, DepthBlock, PlanRequest, PlanSettings, Prepared
 from fleetune.coordinator.registry import Registry
-from fleetune.coordinator.rounds import aggregate, machine
+from fleetune.coordinator.rounds import aggregate, machine, planning
 from fleetune.coordinator.rpc import convert
 from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
@@ -135,7 +135,12 @@ class UpdateFile(_OnDisk):
     """An update that is taken holds finite numbers in tensors of the state's names and shapes, and its norm is what numpy finds."""
 
     name = "update-file"
-    modules = ("fleetune.coordinator.rounds.aggregate", "fleetune.coordinator.rounds.slabs", "fleetune.wire.codec")
+    modules = (
+        "fleetune.coordinator.rounds.aggregate",
+        "fleetune.coordinator.rounds.contributions",
+        "fleetune.coordinator.rounds.slabs",
+        "fleetune.wire.codec",
+    )
     share = 5
     words = (
         *_TENSOR_WORDS,
@@ -159,7 +164,7 @@ class UpdateFile(_OnDisk):
 
     def seeds(self) -> Sequence[bytes]:
         found: list[bytes] = []
-        for kind in ("delta", "state"):
+        for kind in ("delta", "state", "gradient"):
             for dtype in ("F32", "F16", "BF16"):
                 arrays = {name: (array + 0.5).astype(tensors.DTYPES[dtype]) for name, array in self._arrays.items()}
                 found.append(tensors.write(self._path, arrays, {aggregate.KIND_KEY: kind}).read_bytes())
@@ -625,12 +630,15 @@ class FleetMessages(Target):
         header.report.metrics.add(name="loss", value=0.25)
         header.report.seconds.add(name="training", value=1.5)
         seeds: list[Message] = [hello, failure, evaluation, header, fleet_pb2.TaskLog(task_id=_TASK, lines=["a", "b\x1b"])]
+        outcome = fleet_pb2.TaskOutcome(task_id=_TASK, lease=1)
+        outcome.figures.CopyFrom(messages_pb2.Figures(batch_rows=8, step_s=[0.5, 0.75], step_bytes=[9, 99], room_bytes=200, margin=1.1))
+        seeds.append(outcome)
         return [bytes((place,)) + message.SerializeToString() for place, message in enumerate(seeds)]
 
     def run(self, data: bytes) -> str:
         if not data:
             return "empty"
-        readers = (self._hello, self._failure, self._evaluation, self._update, self._log)
+        readers = (self._hello, self._failure, self._evaluation, self._update, self._log, self._told)
         try:
             return readers[data[0] % len(readers)](data[1:])
         except DecodeError:  # gRPC ends such a call by itself
@@ -672,6 +680,24 @@ class FleetMessages(Target):
         except WireError as error:
             return outcome_of(error)
         return f"update {_stored(machine.UpdateArrived(_TASK, update))}"
+
+    def _told(self, raw: bytes) -> str:
+        """Figures that are taken can be planned with, whatever they are."""
+        figures = convert.figures(fleet_pb2.TaskOutcome.FromString(raw).figures)
+        if figures is None:
+            return "no figures"
+        assert list(figures.step_s) == sorted(figures.step_s) and list(figures.step_bytes) == sorted(figures.step_bytes)
+        if len(figures.step_s) > 5:
+            return f"figures {_stored(machine.FiguresArrived(_TASK, figures))}"
+        link = convert.link(messages_pb2.Link(up_bits_per_s=figures.flops_per_s, down_bits_per_s=figures.tokens_per_s))
+        blocks = tuple(DepthBlock(f"layer.{depth}", ("w",), 1000) for depth in range(len(figures.step_s)))
+        pair = (Candidate(_DEVICE, "a", link=link), Candidate(_DEVICE[::-1], "b"))
+        told = {device.device_id: figures for device in pair}
+        for layout in planning.LAYOUTS:
+            request = PlanRequest(PlanSettings(layout=layout), 1, 0, blocks, 1000, pair, told, {}, (0,) * len(blocks))
+            made = planning.plan_round(request)
+            assert isinstance(made, str) or all(math.isfinite(part.finish_s) for part in made.parts)
+        return f"planned {_stored(machine.FiguresArrived(_TASK, figures))}"
 
     def _log(self, raw: bytes) -> str:
         lines = [convert.line(text, 1000) for text in fleet_pb2.TaskLog.FromString(raw).lines]

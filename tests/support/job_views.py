@@ -114,3 +114,65 @@ def in_training(*, committed_rounds: int = 4) -> pb.JobView:
     ]
     current = pb.RoundView(round=committed_rounds + 1, phase=pb.ROUND_PHASE_TRAINING, tasks=tasks, started_unix_s=START_UNIX_S + 48)
     return job(history=history, current=current, best_round=committed_rounds, remaining_s=65, initial_accuracy=0.0812)
+
+
+BLOCKS = ("head", "layer.5", "layer.4", "layer.3", "layer.2", "layer.1", "layer.0")
+
+
+def part(
+    depths: Sequence[int], predicted_s: float, actual_s: float | None = None, *, bits_per_s: float = 0.0, share: float = 0.0
+) -> pb.TaskPlan:
+    """A device's part of a planned round, which ends as its upload ends."""
+    made = pb.TaskPlan(
+        depths=depths, share=share, uplink_bits_per_s=bits_per_s, predicted_ready_s=predicted_s * 0.6, predicted_finish_s=predicted_s
+    )
+    if actual_s is not None:
+        made.actual_ready_s, made.actual_finish_s = actual_s * 0.6, actual_s
+    return made
+
+
+def plan(predicted_s: float, actual_s: float | None = None, **more: object) -> pb.PlanView:
+    """A round's plan, in blocks unless told otherwise."""
+    made = pb.PlanView(layout="blocks", solver="exact", predicted_s=predicted_s, share_unit="bit/s")
+    made.MergeFrom(pb.PlanView(**more))  # type: ignore[arg-type]  # its own fields
+    if actual_s is not None:
+        made.actual_s = actual_s
+    return made
+
+
+def in_planned_training() -> pb.JobView:
+    """Mid-round of a planned job: one trains the whole depth, one uploads, one was late, one has failed and one waits idle."""
+    assigned = pb.DEVICE_TASK_STATE_ASSIGNED
+    tasks = [
+        task("kitchen-pi", assigned, stage=fleet_pb2.TASK_STAGE_TRAINING, done=1, total=1, loss=0.5213),
+        task("garage-orin", assigned, stage=fleet_pb2.TASK_STAGE_UPLOADING, done=2 * MIB, total=5 * MIB, loss=0.4871),
+        task("hall-laptop", samples=16, loss=0.4402),
+        task("attic-nano", samples=16, loss=0.5102),
+        task("porch-pi", pb.DEVICE_TASK_STATE_FAILED, failure=messages_pb2.Failure(stage="train", message="killed for memory")),
+    ]
+    parts = [
+        part([5, 6, 7], 42.5, bits_per_s=5.2e6),
+        part([3, 4], 38.1, bits_per_s=12.4e6),
+        part([1], 37.0, 36.2, bits_per_s=0.8e6),
+        part([2], 33.5, 47.9, bits_per_s=2.2e6),
+        part([2], 33.5, bits_per_s=2.2e6),
+    ]
+    for own, its in zip(tasks, parts, strict=True):
+        own.plan.CopyFrom(its)
+    history = [planned(number) for number in (1, 2, 3)]
+    current = pb.RoundView(round=4, phase=pb.ROUND_PHASE_TRAINING, tasks=tasks, started_unix_s=START_UNIX_S + 48)
+    current.plan.CopyFrom(plan(42.5, idle_devices=["cellar-pi"], idle_count=1))
+    view = job(history=history, current=current, best_round=3, remaining_s=65)
+    view.method = "deft"
+    view.blocks.extend(BLOCKS)
+    return view
+
+
+def planned(number: int, predicted_s: float = 40.0, actual_s: float = 44.0) -> pb.RoundView:
+    """A committed planned round of two devices."""
+    tasks = [task("kitchen-pi", samples=16, loss=0.5), task("hall-laptop", samples=16, loss=0.4)]
+    tasks[0].plan.CopyFrom(part([2, 3, 4, 5, 6, 7], predicted_s, actual_s, bits_per_s=5e6))
+    tasks[1].plan.CopyFrom(part([1], predicted_s * 0.9, predicted_s * 0.9, bits_per_s=1e6))
+    made = committed(number, tasks, accuracy=0.5 + 0.1 * number)
+    made.plan.CopyFrom(plan(predicted_s, actual_s))
+    return made

@@ -40,7 +40,8 @@ def test_any_cuts_repetitions_and_resumptions_give_the_blob(data: st.DataObject)
         spool = closed_at_the_end.enter_context(spool_of(path, blob))
         while not spool.complete:
             begin = data.draw(st.integers(0, spool.position))
-            end = data.draw(st.integers(begin + 1, len(blob)))
+            goes_on = data.draw(st.booleans())  # else most chunks repeat what is there, once little of the blob is missing
+            end = data.draw(st.integers((spool.position if goes_on else begin) + 1, len(blob)))
             before = spool.position
             spool.add(chunk_of(blob, begin, end))
             assert spool.position == max(before, end)

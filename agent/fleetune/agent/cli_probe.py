@@ -77,9 +77,9 @@ def probe(
 
     The figures are kept, and measured again when they are old or something they depend on has changed. Takes a minute or two.
     """
-    from fleetune.agent.probe import compute, figures, freshness
+    from fleetune.agent.probe import compute, figures, freshness, keys
     from fleetune.v1 import messages_pb2
-    from fleetune.wire import basefiles, digests
+    from fleetune.wire import basefiles
 
     config = _config(config_file, state_dir, cores)
     progress = _Progress()
@@ -94,13 +94,12 @@ def probe(
     base_digest = ""
     if base is not None:
         base_digest = basefiles.scan(base, lambda _, done, total: progress.at("digests", done, total)).digest
-    chosen = json.dumps([sorted(set(depths)), only]).encode() if depths or only else b""
     key = figures.Key(
         base_digest=base_digest,
-        recipe_digest=digests.of_bytes(recipe_bytes + chosen) if base is not None else "",
+        recipe_digest=keys.recipe_digest(recipe, depths, only=only) if base is not None else "",
         batch_rows=batch_rows if base is not None else 0,
-        torch_version=_torch_version(),
-        device=_device(config.training.accelerator),
+        torch_version=keys.torch_version(),
+        device=keys.device(config.training.accelerator),
         dtype=dtype,
         threads=compute.threads(config.training.cores),
     )
@@ -221,11 +220,51 @@ def _report(held: Figures, config: AgentConfig) -> dict[str, object]:
         "age_s": held.age_s(),
         "key": vars(held.key),
         "memory": {"free_bytes": room.free_bytes, "bound_by": room.bound_by},
+        "link": link_report(config),
         "power": None if power is None else vars(power),
         "temperature_c": thermal.hottest_c(),
         "rounds": {"ratio": held.rounds.average, "margin": held.rounds.margin, "count": len(held.rounds.ratios)},
         "answer": dict(held.answer),
     }
+
+
+def link_report(config: AgentConfig) -> dict[str, object] | None:
+    """What the running agent has learned of its link, under the owner's word for it; None where nobody knows anything."""
+    from fleetune.agent.probe import figures, linkfigures
+
+    stored = linkfigures.stored(config.state_dir / figures.FOLDER)
+    told = {"up": config.link.up_mbps * 1e6, "down": config.link.down_mbps * 1e6}
+    if stored is None and not any(told.values()) and not config.link.metered:
+        return None
+    now = time.time()
+    learned = {
+        "up": (stored.up_bits_per_s, stored.up_unix_s) if stored else (0.0, 0.0),
+        "down": (stored.down_bits_per_s, stored.down_unix_s) if stored else (0.0, 0.0),
+    }
+    found: dict[str, object] = {
+        "coordinator": stored.coordinator if stored else config.coordinator,
+        "round_trip_s": stored.round_trip_s if stored and stored.round_trip_s else None,
+        "metered": config.link.metered,
+    }
+    for way, (bits_per_s, unix_s) in learned.items():
+        source = "configured" if told[way] else "measured" if bits_per_s else "none"
+        age_s = max(0.0, now - unix_s) if source == "measured" else None
+        found[way] = {"bits_per_s": told[way] or bits_per_s or None, "source": source, "age_s": age_s}
+    return found
+
+
+def link_words(link: Mapping[str, object]) -> str:
+    words: list[str] = []
+    for way in ("up", "down"):
+        figure = _table(link[way])
+        if figure["bits_per_s"] is None:
+            words.append(f"{way} not known")
+            continue
+        age = f", {_age(_number(figure['age_s']))} old" if figure["age_s"] is not None else ""
+        words.append(f"{way} {_number(figure['bits_per_s']) / 1e6:.1f} Mbit/s ({figure['source']}{age})")
+    if link["round_trip_s"] is not None:
+        words.append(f"round trip {1e3 * _number(link['round_trip_s']):.0f} ms")
+    return ", ".join([*words, *(["metered"] if link["metered"] else [])])
 
 
 def _lines(report: Mapping[str, object]) -> list[str]:
@@ -238,6 +277,7 @@ def _lines(report: Mapping[str, object]) -> list[str]:
         ("torch", f"{machine['torch_version']}, {machine['dtype']} on {machine['accelerator']}"),
         ("matmul peak", f"{_number(machine['peak_flops_per_s']) / 1e9:.1f} GFLOP/s"),
         ("free for training", f"{_mib(memory['free_bytes'])} (bound: {memory['bound_by']})"),
+        ("link", "not known: no agent has run here" if report["link"] is None else link_words(_table(report["link"]))),
         ("power", "none" if power is None else f"{_number(_table(power)['watts']):.1f} W ({_table(power)['scope']})"),
         ("temperature", "none" if report["temperature_c"] is None else f"{_number(report['temperature_c']):.0f} °C"),
     ]
@@ -293,27 +333,6 @@ def _config(config_file: Path | None, state_dir: Path | None, cores: int | None)
     named = {"state_dir": state_dir, "training.cores": cores}
     overrides: dict[str, object] = {path: str(value) for path, value in named.items() if value is not None}
     return config.load(config_file or config.find_file(os.environ, Path.home()), os.environ, overrides)
-
-
-def _torch_version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError as error:
-        raise UnsupportedError("PyTorch is not installed, so nothing can be measured.", "Run `fleetune-agent doctor`.") from error
-
-
-def _device(accelerator: str) -> str:
-    """What the figures were measured on, as far as it changes them: board or processor, and the accelerator."""
-    import platform
-
-    from fleetune.agent.probe import compute
-
-    found = compute.accelerator()
-    kind = found.kind if accelerator == "auto" else accelerator
-    processor = compute.board() or compute.processor() or platform.machine()
-    return f"{processor}, {kind} {found.name}".strip() if kind != "cpu" else processor
 
 
 def _table(value: object) -> dict[str, object]:

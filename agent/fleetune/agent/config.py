@@ -123,6 +123,22 @@ SETTINGS: tuple[Setting, ...] = (
         "Network interfaces that are paid by volume; `*` stands for any characters.",
     ),
     Setting(
+        "link.up_mbps",
+        Kind.NUMBER,
+        0.0,
+        "What this device's link carries towards the coordinator; 0 is measured.",
+        "Mbit/s",
+        0,
+        1_000_000,
+    ),
+    Setting("link.down_mbps", Kind.NUMBER, 0.0, "The same from the coordinator to here; 0 is measured.", "Mbit/s", 0, 1_000_000),
+    Setting(
+        "link.metered",
+        Kind.SWITCH,
+        False,
+        "Whether the link is paid by volume, whatever its interface: nothing is sent to measure it, and `limits.allow_metered` counts.",
+    ),
+    Setting(
         "cache.max_gib", Kind.NUMBER, 20.0, "Room for base models and states; what was used longest ago goes first.", "GiB", 0.1, 1_000_000
     ),
     Setting("log.level", Kind.TEXT, "info", "How much is logged.", choices=("debug", "info", "warning", "error")),
@@ -157,6 +173,15 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class LinkSettings:
+    """What the owner says of the link. Rates in Mbit/s; 0 is measured."""
+
+    up_mbps: float = 0.0
+    down_mbps: float = 0.0
+    metered: bool = False
+
+
+@dataclass(frozen=True)
 class AgentConfig:
     """Every setting of an agent. `file` is None where there was none; `unused_environment` holds variables that no setting has."""
 
@@ -172,6 +197,7 @@ class AgentConfig:
     models: Mapping[str, Path]
     training: TrainingSettings
     limits: Limits
+    link: LinkSettings
     cache_max_bytes: int
     log_level: str
     log_format: str
@@ -224,6 +250,7 @@ def load(
             allow_metered=found.switch("limits.allow_metered"),
             metered_interfaces=found.texts("limits.metered_interfaces"),
         ),
+        link=LinkSettings(found.number("link.up_mbps"), found.number("link.down_mbps"), found.switch("link.metered")),
         cache_max_bytes=int(found.number("cache.max_gib") * 1024**3),
         log_level=found.text("log.level"),
         log_format=found.text("log.format"),

@@ -10,6 +10,7 @@ from fleetune.agent.domain import (
     Evaluated,
     Failed,
     FailureKind,
+    Measured,
     Receipt,
     ReceiptStatus,
     Refused,
@@ -26,6 +27,8 @@ TRACEBACK_CHARS_MAX = 8 * 1024
 MESSAGE_CHARS_MAX = 2 * 1024
 IDENTIFIER_CHARS_MAX = 512
 BASE_FILES_MAX = 1024
+# The first of the protocol in which an upload hears its turn.
+_TURNS_MINOR = 3
 # SQLite's integers are signed.
 INTEGER_MAX = 2**63 - 1
 # What settings of the other side allow at the most; a clock must never be asked for NaN, infinity or a century.
@@ -47,6 +50,7 @@ _FAILURE_KINDS = {
 _TASK_KINDS = {
     messages_pb2.TASK_KIND_TRAIN: TaskKind.TRAIN,
     messages_pb2.TASK_KIND_EVALUATE: TaskKind.EVALUATE,
+    messages_pb2.TASK_KIND_MEASURE: TaskKind.MEASURE,
 }
 _RECEIPT_STATUSES = {
     messages_pb2.RECEIPT_STATUS_ACCEPTED: ReceiptStatus.ACCEPTED,
@@ -89,8 +93,14 @@ def task(message: messages_pb2.Task, epoch: int) -> Task:
         base=_base(message.base) if message.HasField("base") else None,
         state=_blob(message.state) if message.HasField("state") else None,
         keep_warm_s=_within(message.keep_warm_s, 0.0, KEEP_WARM_S_MAX, 0.0),
+        uplink_bits_per_s=rate(message.uplink),
         encoded=message.SerializeToString(),
     )
+
+
+def rate(message: messages_pb2.UplinkRate) -> float:
+    """Bits a second; 0, no bound, also for what is no rate."""
+    return message.bits_per_s if math.isfinite(message.bits_per_s) and message.bits_per_s > 0 else 0.0
 
 
 def receipt(message: messages_pb2.Receipt) -> Receipt:
@@ -109,14 +119,17 @@ def welcome(message: fleet_pb2.Welcome) -> Welcome:
         epoch=message.epoch,
         chunk_bytes=min(max(chunk_bytes, chunks.MIN_CHUNK_BYTES), chunks.CHUNK_BYTES),
         coordinator_version=message.coordinator_version,
+        tells_turns=message.protocol_minor >= _TURNS_MINOR,
     )
 
 
-def outcome(result: Evaluated | Failed | Refused) -> fleet_pb2.TaskOutcome:
+def outcome(result: Evaluated | Measured | Failed | Refused) -> fleet_pb2.TaskOutcome:
     """The end of a task that sends no tensors."""
     message = fleet_pb2.TaskOutcome(task_id=result.task_id, lease=result.lease, epoch=result.epoch)
     if isinstance(result, Evaluated):
         message.evaluation.ParseFromString(result.evaluation)
+    elif isinstance(result, Measured):
+        message.figures.ParseFromString(result.figures)
     elif isinstance(result, Refused):
         message.refusal.reason = result.reason
     else:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
+
+import grpc
+import grpc.aio
 
 from fleetune.agent import convert, limits, work
 from fleetune.agent.cache import Cache, hub_cache
@@ -21,9 +25,11 @@ from fleetune.agent.domain import FailureKind, Receipt, ReceiptStatus, Result, T
 from fleetune.agent.downlink import Downlink
 from fleetune.agent.execution import Execution, Throttle
 from fleetune.agent.links import Links
+from fleetune.agent.measuring import Measures
 from fleetune.agent.methods import table
 from fleetune.agent.outbox import Outbox, Recovery
-from fleetune.agent.probe import compute
+from fleetune.agent.probe import compute, figures, linkfigures
+from fleetune.agent.probe.linkfigures import LinkFigures
 from fleetune.agent.probe.memory import memory
 from fleetune.agent.probe.owner import OwnerProbe
 from fleetune.agent.probe.profile import profile
@@ -33,7 +39,8 @@ from fleetune.agent.session import Session
 from fleetune.agent.trainer.process import Trainer
 from fleetune.agent.uplink import Uplink
 from fleetune.errors import WireError
-from fleetune.v1 import fleet_pb2
+from fleetune.supervisor import Supervisor
+from fleetune.v1 import fleet_pb2, messages_pb2
 from fleetune.wire import channel
 from fleetune.workers import Workers
 
@@ -43,6 +50,10 @@ T = TypeVar("T")
 
 UPLOADS_TOLD_MAX = 16
 """Uploads whose progress is told at a time; they go one after the other."""
+
+PROBE_TRIES = 8
+PROBE_AGAIN_S = (1.0, 6.0)
+"""Between two tries to measure the link, drawn at random: many devices may have come at once."""
 
 REST_S = 0.5
 """Without work after a task, until the child begins to cool down."""
@@ -62,29 +73,39 @@ class Daemon:
         # Made at every start: tells a reconnect from a second agent with a copied id file.
         self._instance_id = uuid.uuid4().hex
         self._state = work.State(methods=frozenset(table.METHODS))
-        self._owner = OwnerProbe(config.limits, channel.split_address(credentials.address)[0])
+        self._owner = OwnerProbe(config.limits, channel.split_address(credentials.address)[0], declared_metered=config.link.metered)
+        declared = linkfigures.Configured(config.link.up_mbps * 1e6, config.link.down_mbps * 1e6)
+        self._link = LinkFigures(config.state_dir / figures.FOLDER, credentials.address, declared)
+        self._link_told: messages_pb2.Link | None = None
         self._telemetry = Telemetry(config.state_dir)
         self._threads = compute.threads(config.training.cores)
         # SQLite and the deletion of files, in order and off the event loop.
         self._storage = Workers("outbox")
         self._deliveries: asyncio.Queue[work.Deliver | work.Forget] = asyncio.Queue()
         self._running: asyncio.Task[Result] | None = None
-        # Small tasks that follow a training; ended with the daemon.
+        # Small tasks: what follows a training, the link's probe. Ended with the daemon.
         self._resting: set[asyncio.Task[None]] = set()
         self._bug: asyncio.Future[None] | None = None
         self._received_s: dict[str, float] = {}
         self._closing = False
+        self._probing = False
+        # The session is about to end for a new certificate's sake, and to begin again with that.
+        self._changing_over = False
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, supervisor: Supervisor | None = None) -> None:
         """Work until `stop` is set. RefusedError, UnreachableError and ConfigError end it early."""
+        supervisor = supervisor or Supervisor()
         self._bug = asyncio.get_running_loop().create_future()
         self._outbox = await self._stored(lambda: Outbox(self._config.state_dir / "outbox"))
         recovery = await self._stored(self._outbox.recover)
         credentials = self._credentials
         links = Links(lambda: channel.open_channel(credentials.address, credentials.identity))
-        downlink = Downlink(links.bulk)
+        await self._stored(self._link.recall)
+        downlink = Downlink(links.bulk, on_sample=self._link.fetched)
         self._downlink = downlink
-        self._uplink = Uplink(links.bulk, self._device_id, self._receipt_of_upload, self._undeliverable, self._upload_progress())
+        self._uplink = Uplink(
+            links.bulk, self._device_id, self._receipt_of_upload, self._undeliverable, self._upload_progress(), self._link.sent
+        )
         self._trainer = Trainer({"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"})
         cache = Cache(
             self._config.state_dir / "cache",
@@ -93,10 +114,12 @@ class Daemon:
             self._config.models,
             hub_cache(os.environ, Path.home()),
         )
-        self._execution = Execution(self._config, self._threads, cache, self._trainer, self._outbox.path_for)
+        measures = Measures(self._config, self._threads)
+        self._execution = Execution(self._config, self._threads, cache, self._trainer, measures, self._outbox.path_for)
         self._session = Session(links, credentials, self, self._hello, self._heartbeat, connect_timeout_s=self._connect_timeout_s)
 
         def renewed() -> None:
+            self._changing_over = self._session.connected
             links.replace()
             self._session.redial()
 
@@ -108,13 +131,17 @@ class Daemon:
             asyncio.create_task(self._deliver(), name="deliveries"),
             asyncio.create_task(self._renewer.run(), name="renewals"),
             asyncio.create_task(_wait_for(stop), name="stop signal"),
+            asyncio.create_task(supervisor.watch(self._words), name="supervisor"),
         }
+        # A coordinator that cannot be reached is nothing that a restart here would mend.
+        supervisor.ready(self._words())
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
                 part.result()
         finally:
             LOG.info("stopping")
+            supervisor.stopping("ends what is under way")
             self._closing = True
             await self._session.leave("the agent is being stopped")
             for part in parts:
@@ -136,9 +163,19 @@ class Daemon:
             await links.close()
             LOG.info("stopped")
 
+    def _words(self) -> str:
+        """What this agent does now, for `systemctl status`."""
+        link = "connected to" if self._session.connected else "not connected to"
+        running = self._state.running
+        does = f"{running.task.kind.value} {running.task.task_id}" if running is not None else "idle" if self._state.accepts else "resting"
+        kept = f", {len(self._state.kept)} results kept" if self._state.kept else ""
+        why = f" ({self._state.reason})" if not self._state.accepts and self._state.reason else ""
+        return f"{link} {self._credentials.address}, {does}{why}{kept}"
+
     # --- what the session hears (Listener)
 
     def connected(self, welcome: Welcome) -> None:
+        self._changing_over = False
         LOG.info(
             "connected coordinator=%s version=%s name=%s epoch=%d heartbeat_s=%g",
             self._credentials.address,
@@ -148,12 +185,18 @@ class Daemon:
             welcome.heartbeat_s,
         )
         self._uplink.chunk_bytes = welcome.chunk_bytes
+        self._uplink.hears_turns = welcome.tells_turns
         self._uplink.wake()
         self._downlink.wake()
         self._dispatch(work.Connected())
+        if self._link.wants_probe() and not self._probing:
+            self._probing = True
+            self._beside(self._probe_link(), "link probe")
 
     def disconnected(self) -> None:
-        if not self._closing:
+        if self._changing_over:
+            LOG.info("reconnecting coordinator=%s reason='the certificate is a new one'", self._credentials.address)
+        elif not self._closing:
             LOG.warning("disconnected coordinator=%s kept_results=%d", self._credentials.address, len(self._state.kept))
 
     def task(self, task: Task) -> None:
@@ -171,7 +214,17 @@ class Daemon:
         self._received_s.setdefault(task.task_id, time.monotonic())
         if len(self._received_s) > work.RECENT_MAX:  # a task that was withdrawn gets no receipt
             del self._received_s[next(iter(self._received_s))]
+        if task.uplink_bits_per_s > 0:
+            self._uplink.set_rate(task.task_id, task.uplink_bits_per_s)
         self._dispatch(work.Received(task))
+
+    def set_uplink(self, task_id: str, bits_per_s: float) -> None:
+        if any(task_id == known for known in work.known_ids(self._state)):
+            LOG.debug("uplink rate task=%s bits_per_s=%.0f", task_id, bits_per_s)
+            self._uplink.set_rate(task_id, bits_per_s)
+
+    def answered(self, seconds: float) -> None:
+        self._link.answered(seconds)
 
     def unusable_task(self, task_id: str, lease: int, error: WireError) -> None:
         LOG.error("task cannot be used task=%s cause=%r", task_id, str(error))
@@ -202,6 +255,8 @@ class Daemon:
         if self._trainer.accelerator and training.accelerator == "auto":
             measured.accelerator = self._trainer.accelerator
         await self._look_at_limits()
+        self._link.metered = await asyncio.to_thread(self._owner.metered)
+        self._link_told = self._link.message()
         state = self._state
         held = [
             fleet_pb2.HeldTask(task_id=task.task_id, lease=task.lease, stage=fleet_pb2.HELD_STAGE_RUNNING, epoch=task.epoch)
@@ -228,6 +283,7 @@ class Daemon:
             methods=sorted(table.METHODS),
             availability=fleet_pb2.Availability(accepts_tasks=state.accepts, reason=state.reason),
             held=held,
+            link=self._link_told,
         )
 
     async def _heartbeat(self, sequence: int) -> fleet_pb2.Heartbeat:
@@ -237,7 +293,36 @@ class Daemon:
         if self._keep_warm_s(heartbeat.memory_total_bytes, heartbeat.memory_available_bytes, 1.0) == 0.0:
             self._trainer.relieve()
         await self._look_at_limits()
+        link = self._link.message()
+        if linkfigures.differs(self._link_told, link):
+            self._link_told = link
+            heartbeat.link.CopyFrom(link)
+        document = self._link.due()
+        if document is not None:
+            try:
+                await asyncio.to_thread(self._link.write, document)
+            except OSError as error:
+                LOG.warning("link figures cannot be written cause=%r", str(error))
         return heartbeat
+
+    async def _probe_link(self) -> None:
+        """Measures the way up once, since a plan needs it before the first upload. A coordinator that is asked by many says when not."""
+        try:
+            for _ in range(PROBE_TRIES):
+                try:
+                    self._link.sent(*await self._uplink.probe())
+                    LOG.info("link measured up_mbps=%.1f", self._link.message().up_bits_per_s / 1e6)
+                    self._session.beat_now()
+                    return
+                except grpc.aio.AioRpcError as error:
+                    LOG.debug("link not measured cause='%s: %s'", error.code().name, error.details())
+                    if error.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE):
+                        return
+                await asyncio.sleep(random.uniform(*PROBE_AGAIN_S))
+                if not self._link.wants_probe():  # an upload has told
+                    return
+        finally:
+            self._probing = False
 
     async def _look_at_limits(self) -> None:
         facts = await asyncio.to_thread(self._owner.facts, time.monotonic())
@@ -282,9 +367,13 @@ class Daemon:
             result = ended.result()
         self._dispatch(work.Ended(task.task_id, result))
         if not self._closing and not self._state.unfinished():
-            resting = asyncio.create_task(self._rest(task), name="rest")
-            self._resting.add(resting)
-            resting.add_done_callback(self._rested)
+            self._beside(self._rest(task), "rest")
+
+    def _beside(self, work: Coroutine[None, None, None], name: str) -> None:
+        """A small task beside the others."""
+        beside = asyncio.create_task(work, name=name)
+        self._resting.add(beside)
+        beside.add_done_callback(self._rested)
 
     async def _rest(self, task: Task) -> None:
         """Let the child cool down, unless the next task follows at once: reading the memory opens a few files."""

@@ -11,6 +11,7 @@ from fleetune.wire.basefiles import BaseFile
 class TaskKind(enum.Enum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    MEASURE = "measure"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Task:
     base: Base | None = None
     state: Blob | None = None
     keep_warm_s: float = 0.0
+    # At which its update may be sent; 0 is no bound.
+    uplink_bits_per_s: float = 0.0
     encoded: bytes = field(default=b"", repr=False)
 
 
@@ -86,6 +89,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What training costs this device, as encoded Figures."""
+
+    task_id: str
+    lease: int
+    epoch: int
+    figures: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
 class Failed:
     """Why a task did not end in a result."""
 
@@ -108,7 +121,7 @@ class Refused:
     reason: str
 
 
-Result = Update | Evaluated | Failed | Refused
+Result = Update | Evaluated | Measured | Failed | Refused
 
 
 class ReceiptStatus(enum.Enum):
@@ -137,3 +150,5 @@ class Welcome:
     epoch: int
     chunk_bytes: int
     coordinator_version: str
+    # An upload hears when its turn has come.
+    tells_turns: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from fleetune.workers import Workers
 OnBytes = Callable[[int, int], None]
 """Hears (bytes held, bytes in all) after each chunk."""
 
+OnSample = Callable[[int, float, float, bool], None]
+"""Hears of a download that has ended: bytes, their seconds, the rate it was held to (none: infinite), and whether the seconds hold more."""
+
 CHUNKS_WAITING = 2
 """Chunks that wait for the thread that writes; then the coordinator waits, by flow control."""
 
@@ -31,9 +36,15 @@ RESERVE_BYTES = 64 << 20
 class Downlink:
     """Fetches blobs over the line for bulk. One thread writes, so that chunks and the closing of a file keep their order."""
 
-    def __init__(self, line: Line, reserve_bytes: int = RESERVE_BYTES) -> None:
+    def __init__(
+        self,
+        line: Line,
+        reserve_bytes: int = RESERVE_BYTES,
+        on_sample: OnSample = lambda size_bytes, seconds, limit_bytes_per_s, at_least: None,
+    ) -> None:
         self._line = line
         self._reserve_bytes = reserve_bytes
+        self._on_sample = on_sample
         self._files = Workers("downlink")
         self._wake = asyncio.Event()
 
@@ -75,6 +86,8 @@ class Downlink:
         writing: asyncio.Future[int] | None = None
         arrived: list[frames.Chunk] = []
         ended = False
+        begun_s = time.monotonic()
+        first_s, ended_s, first_bytes, came_bytes = begun_s, begun_s, 0, 0
         try:
             while not ended:
                 response = await call.read()
@@ -85,8 +98,12 @@ class Downlink:
                         )
                     if response.chunk is not None:
                         arrived.append(response.chunk)
+                        came_bytes += len(response.chunk.data)
+                        if not first_bytes:
+                            first_s, first_bytes = time.monotonic(), came_bytes
                 else:
                     ended = True
+                    ended_s = time.monotonic()
                 if writing is not None and (ended or writing.done() or len(arrived) >= CHUNKS_WAITING):
                     position = await writing
                     writing = None
@@ -101,6 +118,11 @@ class Downlink:
                 writing = None
             if not arriving.finished:
                 raise WireError(f"The stream of blob {blob.digest[:12]} ended at byte {position} of {blob.size_bytes}.")
+            if came_bytes > first_bytes:
+                # Before the first chunk the stream may have waited for its turn.
+                self._on_sample(came_bytes - first_bytes, ended_s - first_s, math.inf, False)
+            else:
+                self._on_sample(came_bytes, ended_s - begun_s, math.inf, True)
             if on_bytes is not None:
                 on_bytes(blob.size_bytes, blob.size_bytes)
         finally:

@@ -9,13 +9,15 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from fleetune.agent.cache import Cache
 from fleetune.agent.config import AgentConfig, DataPlace
-from fleetune.agent.domain import Blob, Evaluated, Failed, FailureKind, Result, Task, TaskKind, Update
+from fleetune.agent.domain import Base, Blob, Evaluated, Failed, FailureKind, Measured, Result, Task, TaskKind, Update
+from fleetune.agent.measuring import Measures
+from fleetune.agent.probe.memory import resident_bytes
 from fleetune.agent.trainer.process import Trainer
 from fleetune.child.process import ChildDied, ChildError
 from fleetune.errors import DataError, DiskFullError, FleetuneError, ModelError, UnreachableError, UnsupportedError, WireError
@@ -24,6 +26,9 @@ LOG = logging.getLogger(__name__)
 
 PROGRESS_S = 0.25
 """Between two progress messages of one task and stage."""
+
+PLANNED_METHODS = frozenset({"deft"})
+"""Whose results tell what they have shown of the device."""
 
 LOG_MESSAGE_BYTES = 16 * 1024
 LOG_TASK_BYTES = 256 * 1024
@@ -116,6 +121,7 @@ class Execution:
     threads: int
     cache: Cache
     trainer: Trainer
+    measures: Measures
     out_path: Callable[[str, int, int], Path]
 
     async def run(self, task: Task, on_progress: OnProgress, on_lines: Callable[[list[str]], None]) -> Result:
@@ -125,6 +131,9 @@ class Execution:
         out_path = self.out_path(task.task_id, task.lease, task.epoch) if task.kind is TaskKind.TRAIN else None
         done = False
         try:
+            if task.kind is TaskKind.MEASURE:
+                stage = "measure"
+                return await self._measure(task, progress, relay)
             data = self._data(task)
             self.trainer.prepare(with_torch=task.base is not None)
             with self.cache.holding(_digests(task)):
@@ -139,6 +148,8 @@ class Execution:
                 )
                 LOG.debug("computed task=%s seconds=%.3f", task.task_id, time.monotonic() - fetched_s)
             result = _result(task, answer, out_path)
+            if isinstance(result, Update) and task.method in PLANNED_METHODS:
+                result = replace(result, report=await self.measures.observed(task, result.report, resident_bytes(self.trainer.pid)))
             done = True
             return result
         except Exception as error:  # noqa: BLE001  # the one place where a task's errors end: each becomes a result that people see
@@ -152,6 +163,22 @@ class Execution:
                 # Half an update, under its own name or the one that the child wrote it aside with.
                 for path in out_path.parent.glob(f"*{out_path.name}*"):
                     path.unlink(missing_ok=True)
+
+    async def _measure(self, task: Task, progress: Throttle, relay: LogRelay) -> Measured:
+        wish = self.measures.wish(task)
+        held = await self.measures.fresh(wish)
+        if held is None:
+            assert task.base is not None, "a wish is of a model"
+            self.trainer.prepare(with_torch=True)
+            with self.cache.holding(_digests(task)):
+                base_folder = await self._base(task.base, progress)
+                fields = self.measures.fields(task, wish, str(base_folder), resident_bytes(self.trainer.pid))
+                answer = await self.trainer.request("measure", fields, _events(progress, relay), relay.add)
+            held = await self.measures.keep(wish, answer)
+        else:
+            relay.add(f"figures of {held.age_s() / 3600:.1f} hours ago still hold\n")
+        figures = self.measures.message(held, resident_bytes(self.trainer.pid))
+        return Measured(task.task_id, task.lease, task.epoch, figures.SerializeToString())
 
     def _data(self, task: Task) -> DataPlace | None:
         if not task.data_name:
@@ -170,11 +197,14 @@ class Execution:
             raise WireError(f"Task {task.task_id} came without a state to start from.")
         base_folder: Path | None = None
         if task.base is not None:
-            on_progress("fetching_base", 0, sum(file.size_bytes for file in task.base.files), None)
-            base_folder = await self.cache.base(task.base, lambda done, total: on_progress("fetching_base", done, total, None))
+            base_folder = await self._base(task.base, on_progress)
         on_progress("fetching_state", 0, task.state.size_bytes, None)
         state_path = await self.cache.state(task.state, lambda done, total: on_progress("fetching_state", done, total, None))
         return base_folder, state_path
+
+    async def _base(self, base: Base, on_progress: OnProgress) -> Path:
+        on_progress("fetching_base", 0, sum(file.size_bytes for file in base.files), None)
+        return await self.cache.base(base, lambda done, total: on_progress("fetching_base", done, total, None))
 
     def _fields(
         self, task: Task, base_folder: Path | None, state_path: Path, out_path: Path | None, data: DataPlace | None

@@ -62,6 +62,8 @@ class Facts:
     on_mains: bool | None = None
     others_cpu_percent: float | None = None
     interfaces: Sequence[str] = field(default_factory=tuple)
+    # The owner's own word for the link, whatever it runs over.
+    declared_metered: bool = False
 
 
 def availability(limits: Limits, facts: Facts, now_local: datetime) -> tuple[bool, str]:
@@ -96,6 +98,11 @@ def keep_warm_s(configured_s: float, task_s: float, memory_total_bytes: int, mem
     return 0.0 if small or pressed else min(configured_s, task_s)
 
 
+def metered_among(limits: Limits, interfaces: Sequence[str]) -> list[str]:
+    """Those of the interfaces that are paid by volume."""
+    return sorted(name for name in interfaces if any(fnmatch.fnmatchcase(name, pattern) for pattern in limits.metered_interfaces))
+
+
 def _hours(limits: Limits, now_local: datetime) -> str:
     if not limits.hours or any(window.holds(now_local.time()) for window in limits.hours):
         return ""
@@ -111,8 +118,10 @@ def _mains(limits: Limits, facts: Facts) -> str:
 def _metered(limits: Limits, facts: Facts) -> str:
     if limits.allow_metered:
         return ""
-    metered = sorted(name for name in facts.interfaces if any(fnmatch.fnmatchcase(name, pattern) for pattern in limits.metered_interfaces))
-    return f"metered link ({', '.join(metered)})" if metered else ""
+    metered = metered_among(limits, facts.interfaces)
+    if metered:
+        return f"metered link ({', '.join(metered)})"
+    return "metered link (as configured)" if facts.declared_metered else ""
 
 
 def _idle(limits: Limits, facts: Facts) -> str:

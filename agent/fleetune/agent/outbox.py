@@ -17,7 +17,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleetune.agent.domain import Blob, Evaluated, Failed, FailureKind, Refused, Result, Update
+from fleetune.agent.domain import Blob, Evaluated, Failed, FailureKind, Measured, Refused, Result, Update
 from fleetune.errors import ConfigError
 from fleetune.wire import digests
 
@@ -175,6 +175,8 @@ def _row(result: Result) -> tuple[str, int, int, str, str, int, str, bytes]:
         return (result.task_id, result.lease, result.epoch, "update", blob.digest, blob.size_bytes, result.file_name, result.report)
     if isinstance(result, Evaluated):
         return (result.task_id, result.lease, result.epoch, "evaluated", "", 0, "", result.evaluation)
+    if isinstance(result, Measured):
+        return (result.task_id, result.lease, result.epoch, "measured", "", 0, "", result.figures)
     if isinstance(result, Refused):
         return (result.task_id, result.lease, result.epoch, "refused", "", 0, "", result.reason.encode())
     told = {"kind": result.kind.value, "stage": result.stage, "message": result.message, "traceback": result.traceback}
@@ -186,6 +188,8 @@ def _result(task_id: str, lease: int, epoch: int, kind: str, digest: str, size_b
         return Update(task_id, lease, epoch, Blob(digest, size_bytes), file_name, body)
     if kind == "evaluated":
         return Evaluated(task_id, lease, epoch, body)
+    if kind == "measured":
+        return Measured(task_id, lease, epoch, body)
     if kind == "refused":
         return Refused(task_id, lease, epoch, body.decode())
     told = json.loads(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fleetune.agent.config import AgentConfig, missing_files
 from fleetune.agent.credentials import Credentials
 from fleetune.agent.daemon import Daemon
 from fleetune.errors import ConfigError
+from fleetune.supervisor import Supervisor
 from fleetune.wire import channel
 from fleetune.wire import identity as identities
 
@@ -31,6 +33,7 @@ def run(config: AgentConfig, version: str, connect_timeout_s: float | None) -> N
     for complaint in missing_files(config):
         # Only a warning: a disk may be mounted later.
         LOG.warning("%s", complaint.sentence())
+    supervisor = Supervisor.from_environment(os.environ)
     allocator.tune_for_chunks(KEPT_MEMORY_BYTES)
     with identity.lock(config.state_dir):
         held = admitted(config)
@@ -50,9 +53,9 @@ def run(config: AgentConfig, version: str, connect_timeout_s: float | None) -> N
         try:
             import uvloop
         except ImportError:  # no wheel for this platform: asyncio's own loop takes more of the processor, and is no different otherwise
-            asyncio.run(_run(daemon))
+            asyncio.run(_run(daemon, supervisor))
         else:
-            uvloop.run(_run(daemon))
+            uvloop.run(_run(daemon, supervisor))
 
 
 def admitted(config: AgentConfig) -> Credentials:
@@ -83,10 +86,10 @@ def admitted(config: AgentConfig) -> Credentials:
     return Credentials(folder, found, config.coordinator)
 
 
-async def _run(daemon: Daemon) -> None:
+async def _run(daemon: Daemon, supervisor: Supervisor) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     allocator.settle()
-    await daemon.run(stop)
+    await daemon.run(stop, supervisor)

@@ -40,6 +40,7 @@ SUSPICIONS = 3
 """Failures in a row, none of them a refused connection, before a look at what answers there."""
 
 LEAVE_DEADLINE_S = 1.0
+BEATS_MAX = 16
 LOG_MESSAGES_MAX = 64
 """Log messages waiting for a slow link; the oldest go first, they are a convenience."""
 
@@ -58,6 +59,9 @@ class Listener(Protocol):
     def cancel(self, task_id: str, reason: str) -> None: ...
     def receipt(self, receipt: Receipt) -> None: ...
     def renew(self) -> None: ...
+    def set_uplink(self, task_id: str, bits_per_s: float) -> None: ...
+    def answered(self, seconds: float) -> None:
+        """A heartbeat was answered after so long."""
 
 
 class _Lost(Exception):
@@ -94,6 +98,9 @@ class Session:
         self._duplicate_until_s: float | None = None
         self._leaving = asyncio.Event()
         self._redial = asyncio.Event()
+        self._news = asyncio.Event()
+        # Heartbeats without an answer: sequence -> when each was written.
+        self._beats: dict[int, float] = {}
         # Failures before a welcome, in a row, that a coordinator which is merely away does not explain.
         self._suspicions = 0
         self._welcomed = False
@@ -123,12 +130,16 @@ class Session:
         if self._connected:
             self._mailbox.put_log(log)
 
+    def beat_now(self) -> None:
+        """A heartbeat has something to tell that should not wait for its time."""
+        self._news.set()
+
     def redial(self) -> None:
         """Go over to a new connection, with the present certificate; what waits to be written is offered again there."""
         self._redial.set()
 
     async def leave(self, reason: str) -> None:
-        """Tell the coordinator that the agent ends, and wait briefly until that is written. `run` returns after it."""
+        """Tell the coordinator that the agent ends, and wait briefly until it has heard. `run` returns after it."""
         self._leaving.set()
         if self._connected:
             self._mailbox.close_with(fleet_pb2.SessionRequest(leaving=fleet_pb2.Leaving(reason=reason)))
@@ -256,6 +267,7 @@ class Session:
                 self._duplicate_until_s = None
                 self._ever_connected = self._connected = self._welcomed = True
                 self._mailbox = Mailbox()
+                self._beats.clear()
                 self._listener.connected(welcome)
                 try:
                     await self._converse(call, welcome)
@@ -330,9 +342,15 @@ class Session:
             self._listener.receipt(convert.receipt(response.receipt))
         elif body == "renew":
             self._listener.renew()
+        elif body == "set_uplink":
+            self._listener.set_uplink(response.set_uplink.task_id, convert.rate(response.set_uplink.rate))
+        elif body == "heartbeat_reply":
+            sent_s = self._beats.pop(response.heartbeat_reply.sequence, None)
+            if sent_s is not None:
+                self._listener.answered(time.monotonic() - sent_s)
         elif body == "draining":
             LOG.info("coordinator is about to stop reason=%r", response.draining.reason)
-        elif body != "heartbeat_reply":
+        else:
             # A newer minor version may say more than this agent knows.
             LOG.debug("message ignored body=%s", body)
 
@@ -342,16 +360,22 @@ class Session:
             request = await mailbox.next()
             if request is None:
                 await call.done_writing()
-                mailbox.abandon()
+                # The coordinator ends the stream once it has read the last word. To cut it before may take that word back.
+                await asyncio.sleep(LEAVE_DEADLINE_S)
                 return
+            if request.HasField("heartbeat"):
+                while len(self._beats) >= BEATS_MAX:
+                    del self._beats[next(iter(self._beats))]
+                self._beats[request.heartbeat.sequence] = time.monotonic()
             await call.write(request)
 
     async def _beat(self, heartbeat_s: float) -> None:
         sequence = 0
         while True:
             sequence += 1
+            self._news.clear()
             self._mailbox.put_heartbeat(await self._heartbeat(sequence))
-            await asyncio.sleep(heartbeat_s)
+            await happened(self._news, heartbeat_s)
 
 
 class Mailbox:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fleetune.agent.domain import Evaluated, Failed, FailureKind, Receipt, Refused, Result, Task, Update
+from fleetune.agent.domain import Evaluated, Failed, FailureKind, Measured, Receipt, Refused, Result, Task, Update
 
 QUEUE_TASKS_MAX = 8
 """More tasks than this at once is a mistake of the coordinator; they are refused, not hoarded."""
@@ -156,7 +156,7 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, Received):
         return _received(state, event.task)
     if isinstance(event, Unusable):
-        if any(task_id == event.task_id for task_id in _known(state)):
+        if any(task_id == event.task_id for task_id in known_ids(state)):
             return state, ()
         return _keep(state, Failed(event.task_id, event.lease, 0, FailureKind.UNSUPPORTED, "load", event.message))
     if isinstance(event, CancelAsked):
@@ -179,7 +179,7 @@ def step(state: State, event: Event) -> Step:
 def violations(state: State) -> list[str]:
     """What must never be, for tests and for a log line; empty when all is well."""
     found: list[str] = []
-    ids = _known(state)
+    ids = known_ids(state)
     if len(ids) != len(set(ids)):
         found.append(f"a task stands in two places: {sorted(ids)}")
     if state.queue and state.running is None:
@@ -193,7 +193,8 @@ def violations(state: State) -> list[str]:
     return found
 
 
-def _known(state: State) -> list[str]:
+def known_ids(state: State) -> list[str]:
+    """Of tasks that run, wait or have a result that waits for its receipt."""
     return [task.task_id for task in state.unfinished()] + [kept.result.task_id for kept in state.kept]
 
 
@@ -222,7 +223,7 @@ def _received(state: State, task: Task) -> Step:
         if kept.result.lease >= task.lease:
             # The coordinator repeats what it did not see the end of: so does the agent.
             return state, (Deliver(kept.result, fresh=False),)
-        if isinstance(kept.result, (Update, Evaluated)):
+        if isinstance(kept.result, (Update, Evaluated, Measured)):
             adopted = replace(kept.result, lease=task.lease)
             changed = tuple(replace(other, result=adopted) if other is kept else other for other in state.kept)
             return replace(state, kept=changed), (Deliver(adopted, fresh=False),)

@@ -313,6 +313,10 @@ class Roster:
         """A line of the audit log for what was not done; a full disk keeps nobody from being refused."""
         await self._database.try_write(lambda tx: self._audit(tx, actor, action, subject, detail, "refused"))
 
+    def note_more_refusals(self, actor: str, action: str, subject: str, detail: str) -> None:
+        """The same for many of them, with nobody who waits for it."""
+        self._kept(self.note_refusal(actor, action, subject, detail))
+
     # -- small parts
 
     async def _change(self, change: Callable[[Connection], T], follow: Callable[[T], None]) -> T:

@@ -32,6 +32,9 @@ DEBUG_VARIABLE = "FLEETUNE_DEBUG"
 
 PROGRESS_S = 2.0
 
+JOBS_SHOWN = 50
+"""By `fleetune jobs`; a coordinator keeps jobs for years."""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
@@ -126,13 +129,25 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
 @cli.command(
     cls=Verb,
     short_help="See it all on this machine: a coordinator, agents, a small model.",
-    examples=["fleetune demo", "fleetune demo --agents 4 --split dirichlet --alpha 0.5", "fleetune demo --data ./my-texts --rounds 5"],
+    examples=[
+        "fleetune demo",
+        "fleetune demo --method deft",
+        "fleetune demo --agents 4 --split dirichlet --alpha 0.5",
+        "fleetune demo --data ./my-texts --rounds 5",
+    ],
     codes=(ExitCode.JOB_FAILED, ExitCode.JOB_CANCELLED, ExitCode.MACHINE, ExitCode.TERMINATED),
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with train.jsonl, validation.jsonl and test.jsonl (text, label).")
+@click.option(
+    "--method",
+    type=click.Choice(["fedavg_lora", "deft", "auto"]),
+    default="fedavg_lora",
+    show_default=True,
+    help="deft plans which agent trains which layers, on links of unequal speed; auto lets the planner choose who trains what.",
+)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=12, show_default=True, help="Rounds to train.")
 @click.option("--steps", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Optimiser steps of an agent in a round.")
-@click.option("--agents", type=click.IntRange(1, 32), default=3, show_default=True, help="Agents to start.")
+@click.option("--agents", type=click.IntRange(1, 32), help="Agents to start; 3 if left out, 4 for deft, one for each block.")
 @click.option("--split", type=click.Choice(["iid", "dirichlet"]), default="iid", show_default=True, help="How rows are dealt to agents.")
 @click.option(
     "--alpha", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Dirichlet: smaller is more unequal."
@@ -152,6 +167,8 @@ def demo(context: click.Context, /, as_json: bool, plain: bool, **settings: Any)
     from fleetune.coordinator.demo import demo as run
 
     console = open_console(context)
+    if settings["agents"] is None:
+        settings["agents"] = run.AGENTS[settings["method"]]
     return int(run.main(run.DemoSettings(**settings), console, lines=plain or not console.is_terminal, as_json=as_json))
 
 
@@ -244,24 +261,37 @@ def watch(context: click.Context, job: str, plain: bool, coordinator: str | None
     return run(context, coordinator, ask)
 
 
-@cli.command(cls=Verb, examples=["fleetune jobs", "fleetune jobs --json | jq '.jobs[].state'"], codes=ASKING)
+@cli.command(
+    cls=Verb,
+    examples=["fleetune jobs", "fleetune jobs --limit 5", "fleetune jobs --all --json | jq '.jobs[].state'"],
+    codes=ASKING,
+)
+@click.option(
+    "--limit", type=click.IntRange(1, 100_000), default=JOBS_SHOWN, show_default=True, metavar="N", help="Only so many of the newest."
+)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
 @asks
 @click.pass_context
-def jobs(context: click.Context, coordinator: str | None, as_json: bool) -> int:
-    """List all jobs, the newest last."""
+def jobs(context: click.Context, limit: int, everything: bool, coordinator: str | None, as_json: bool) -> int:
+    """List the newest jobs, the newest last."""
     console = open_console(context)
 
     async def ask(client: Client) -> int:
         from fleetune.coordinator import listing
         from fleetune.coordinator.jsonview import message_json
 
-        found = await client.jobs()
+        # One more than is shown tells whether there are more.
+        found = await client.jobs(None if everything else limit + 1)
+        more = not everything and len(found) > limit
+        found = found[1:] if more else found
         if as_json:
             print_json({"jobs": [message_json(job) for job in found]})
         elif found:
             console.print(listing.jobs(found, now_unix_s=now()))
         else:
             say("no jobs yet; `fleetune submit job.toml` makes one")
+        if more:
+            sys.stderr.write(f"the newest {limit}; --all lists the older ones, too\n")
         return ExitCode.OK
 
     return run(context, coordinator, ask)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fleetune.coordinator.cliverbs import ASKING, Verb, VerbGroup, asks, identity_folder, now, print_json, reaches, run, say
+from fleetune.coordinator.cliverbs import ASKING, Globals, Verb, VerbGroup, asks, identity_folder, now, print_json, reaches, run, say
 from fleetune.coordinator.cliverbs import console as open_console
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.errors import ConfigError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fleetune.coordinator.config import CoordinatorConfig
     from fleetune.coordinator.fleet_client import FleetClient
     from fleetune.coordinator.jsonview import Json
+    from fleetune.wire.identity import Identity
 
 _ROLES = ("view", "operate", "admin")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
@@ -133,8 +134,11 @@ def rotate(finish: bool, force: bool, config: Path | None, state_dir: Path | Non
     settings = _settings(config, state_dir, {})
     done = rotation.finish(settings.state_dir, force=force) if finish else rotation.begin(settings.state_dir)
     if as_json:
-        print_json({"finished": finish, "root_fingerprint": done.root_fingerprint, "behind": list(done.behind)})
-    elif finish:
+        print_json(
+            {"finished": finish, "root_fingerprint": done.root_fingerprint, "behind": list(done.behind), "coordinator_told": done.told}
+        )
+        return ExitCode.OK
+    if finish:
         say(f"the root is {done.root_fingerprint[:16]}..., the old one is not trusted any more")
         if done.behind:
             say(f"shut out until they join again: {', '.join(done.behind)}")
@@ -142,6 +146,10 @@ def rotate(finish: bool, force: bool, config: Path | None, state_dir: Path | Non
         say(f"the new root {done.root_fingerprint[:16]}... signs from now on; the old one is still trusted")
         say(f"not renewed yet: {', '.join(done.behind) or 'nobody'}")
         say("next: `fleetune ca rotate --finish`, once everybody has renewed")
+    if not done.told:
+        sys.stderr.write(
+            "no running coordinator was told: one that runs takes it up when somebody connects, or at once on SIGHUP (`systemctl reload`)\n"
+        )
     return ExitCode.OK
 
 
@@ -372,7 +380,10 @@ def devices_release(context: click.Context, name: str, coordinator: str | None, 
     codes=ASKING,
 )
 def operators() -> None:
-    """Who may ask the coordinator for what; `fleetune token create --operator` lets another one join."""
+    """Who may ask the coordinator for what; `fleetune token create --operator` lets another one join.
+
+    Where another authority makes the certificates, `fleetune join --certificate` takes an operator's.
+    """
 
 
 @operators.command("list", cls=Verb, short_help="List operators with their roles.", examples=["fleetune operators list"], codes=ASKING)
@@ -451,30 +462,51 @@ def operators_revoke(context: click.Context, name: str, reason: str, coordinator
         "fleetune join",
         "fleetune join --name ada",
         "ssh coordinator fleetune token create --operator --role view | fleetune join -",
+        "fleetune join --certificate ada.pem --key ada.key --roots ca.pem --coordinator fleet.example:7433",
     ],
     codes=(ExitCode.UNREACHABLE, ExitCode.REFUSED),
 )
 @click.argument("line", metavar="[LINE|-]", default="")
 @click.option("--name", metavar="NAME", help="What you are called there; your login name if left out.")
 @click.option("--again", is_flag=True, help="Replace an identity that is there.")
+@click.option("--certificate", metavar="FILE", type=click.Path(path_type=Path), help="PEM of an authority of your own, instead of a line.")
+@click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="With --certificate: its key.")
+@click.option("--roots", metavar="FILE", type=click.Path(path_type=Path), help="With --certificate: the roots of the coordinator's.")
+@click.option("--coordinator", metavar="HOST:PORT", help="With --certificate: the coordinator to dial from then on.")
+@click.option("--server-name", metavar="NAME", default="", help="With --certificate: the name in the coordinator's, if not its host.")
 @reaches
 @_json
 @click.pass_context
-def join(context: click.Context, line: str, name: str | None, again: bool, as_json: bool) -> int:
+def join(
+    context: click.Context,
+    line: str,
+    name: str | None,
+    again: bool,
+    certificate: Path | None,
+    key: Path | None,
+    roots: Path | None,
+    coordinator: str | None,
+    server_name: str,
+    as_json: bool,
+) -> int:
     """Make an operator's identity on this machine, with a line that `fleetune token create --operator` printed elsewhere.
 
-    Without LINE it is asked for, or read from standard input: an argument could be seen by others on this machine.
+    Without LINE it is asked for, or read from standard input: an argument could be seen by others on this machine. Where the fleet has
+    an authority of its own making, --certificate, --key and --roots take what that one gave you; name and role stand in the certificate.
     """
     from fleetune.coordinator import operator
-    from fleetune.wire import joinline
 
     folder = identity_folder(context)
     operator.refuse_overwriting(folder, again=again)
-    if not line and sys.stdin.isatty():
-        line = click.prompt("Join line", hide_input=True, type=str)
-    elif line in ("", "-"):
-        line = sys.stdin.readline()
-    made = operator.join(joinline.parse(line), name or _login_name(), folder, again=again)
+    if certificate is not None or key is not None or roots is not None:
+        if certificate is None or key is None or roots is None or line or name:
+            raise click.UsageError("--certificate, --key and --roots belong together, and replace the line and --name.")
+        address = _dialled(context, coordinator)
+        made = operator.bring(operator.Files(certificate, key, roots, server_name), address, folder, again=again)
+    elif coordinator or server_name:
+        raise click.UsageError("--coordinator and --server-name go with --certificate; a line has the coordinator's address.")
+    else:
+        made = _joined(line, name, folder, again)
     if as_json:
         print_json({"identity": str(folder), "name": made.facts.name, "role": made.facts.role, "coordinator": made.facts.coordinator})
     else:
@@ -492,6 +524,33 @@ def _ask(context: click.Context, coordinator: str | None, verb: Callable[[FleetC
     from fleetune.coordinator.fleet_client import FleetClient
 
     return run(context, coordinator, verb, FleetClient)
+
+
+def _joined(line: str, name: str | None, folder: Path, again: bool) -> Identity:
+    """With the line that was given, typed or piped in."""
+    from fleetune.coordinator import operator
+    from fleetune.wire import joinline
+
+    if not line and sys.stdin.isatty():
+        line = click.prompt("Join line", hide_input=True, type=str)
+    elif line in ("", "-"):
+        line = sys.stdin.readline()
+    return operator.join(joinline.parse(line), name or _login_name(), folder, again=again)
+
+
+def _dialled(context: click.Context, coordinator: str | None) -> str:
+    """The address for an identity that does not say it: of the verb, or of what stands before it."""
+    from fleetune.wire.channel import split_address
+
+    settings = context.find_object(Globals)
+    address = coordinator or (settings.coordinator if settings is not None else None)
+    if not address:
+        raise click.UsageError("--coordinator HOST:PORT is needed with --certificate: a certificate does not say where to dial.")
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return address
 
 
 def _login_name() -> str:

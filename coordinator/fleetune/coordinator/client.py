@@ -108,10 +108,19 @@ class Client:
             )
         return reply.job_id
 
-    async def jobs(self) -> list[control_pb2.JobView]:
-        """All jobs that the coordinator knows, without their history."""
-        reply = await self._unary(self._control.ListJobs(control_pb2.ListJobsRequest(), timeout=UNARY_DEADLINE_S))
-        return list(reply.jobs)
+    async def jobs(self, newest: int | None = None) -> list[control_pb2.JobView]:
+        """The jobs that the coordinator knows, without their history, the oldest first; all, or only so many of the newest."""
+        found: list[control_pb2.JobView] = []
+        token = ""
+        while True:
+            left = 0 if newest is None else newest - len(found)
+            request = control_pb2.ListJobsRequest(page_size=left, page_token=token)
+            reply = await self._unary(self._control.ListJobs(request, timeout=UNARY_DEADLINE_S))
+            found = [*reply.jobs, *found]
+            token = reply.next_page_token
+            # An older coordinator knows no pages and tells all.
+            if not token or not reply.jobs or (newest is not None and len(found) >= newest):
+                return found if newest is None else found[-newest:]
 
     async def job(self, job: str) -> control_pb2.JobView:
         """A job with its history; `job` is an id, an unambiguous beginning of one, or "last"."""

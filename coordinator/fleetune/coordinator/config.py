@@ -109,6 +109,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "tls.key", Kind.PLACE, "", "Bring-your-own CA: PEM of its key, unencrypted, readable by its owner alone.", default_words="none"
     ),
+    Setting(
+        "metrics.listen",
+        Kind.TEXT,
+        "",
+        "Address on which Prometheus reads /metrics: plain HTTP on loopback, elsewhere TLS and metrics.bearer_file.",
+        check=lambda text: _check_listen(text) if text else "",
+        default_words="none, no metrics are served",
+    ),
+    Setting(
+        "metrics.bearer_file",
+        Kind.PLACE,
+        "",
+        "File with the secret that whoever reads the metrics has to send, readable by its owner alone.",
+        default_words="none, on loopback alone",
+    ),
     Setting("log.level", Kind.TEXT, "info", "How much is logged.", choices=("debug", "info", "warning", "error")),
     Setting(
         "log.format",
@@ -149,6 +164,9 @@ class CoordinatorConfig:
     certificate_days: int
     tls: TlsFiles | None
     """Of another authority; None: the fleet has its own."""
+    metrics_listen: str
+    """Empty: no metrics are served."""
+    metrics_bearer_file: Path | None
     drain_grace_s: float
     log_level: str
     log_format: str
@@ -190,6 +208,8 @@ def load(
         keep_rounds=found.integer("keep_rounds"),
         certificate_days=found.integer("certificate_days"),
         tls=_tls_files(found),
+        metrics_listen=found.text("metrics.listen"),
+        metrics_bearer_file=found.place("metrics.bearer_file"),
         drain_grace_s=found.number("drain_grace_s"),
         log_level=found.text("log.level"),
         log_format=found.text("log.format"),
@@ -245,6 +265,16 @@ def _rules(found: settings.Settings) -> list[Complaint]:
         complaints.append(Complaint(given[0], "", "all three of " + ", ".join(_TLS_PATHS), f"Set {' and '.join(missing)}, too."))
     if given and found.switch("plaintext"):
         complaints.append(Complaint("plaintext", "true", "false where tls.* is set", "Leave out one of the two."))
+    scraped = found.text("metrics.listen")
+    if scraped and "metrics.listen" not in wrong and not channel.is_loopback(scraped.rpartition(":")[0]):
+        if found.switch("plaintext"):
+            remedy = "Leave plaintext out: the metrics are served with the coordinator's own certificate then."
+            complaints.append(
+                Complaint("metrics.listen", f'"{scraped}"', "with plaintext, a loopback address such as 127.0.0.1:9464", remedy)
+            )
+        elif found.place("metrics.bearer_file") is None:
+            remedy = "Set metrics.bearer_file to a file with a long random line (`openssl rand -hex 32`), mode 0600."
+            complaints.append(Complaint("metrics.listen", f'"{scraped}"', "a loopback address, or with metrics.bearer_file", remedy))
     if not found.text("join_listen") and listen.endswith(":65535") and "listen" not in wrong:
         complaints.append(Complaint("listen", f'"{listen}"', "a port below 65535", "The next port is for joining; or set join_listen."))
     heartbeat_s, lease_s = found.number("heartbeat_s"), found.number("lease_s")

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -19,11 +20,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fleetune import allocator, logs
-from fleetune.coordinator import descriptors, entrance, room, statelock
+from fleetune.coordinator import descriptors, entrance, hangup, room, statelock, tlsfolder
 from fleetune.coordinator.certificates import Roster
 from fleetune.coordinator.config import CoordinatorConfig
-from fleetune.coordinator.entrance import Tls
+from fleetune.coordinator.door import LOOPBACK, Door
+from fleetune.coordinator.entrance import Follower, Tls
 from fleetune.coordinator.faults import MachineError
+from fleetune.coordinator.metrics.snapshot import Sources
 from fleetune.coordinator.registry import Registry, names_of
 from fleetune.coordinator.rounds.engine import Engine, Settings
 from fleetune.coordinator.rounds.host import ModelHost
@@ -38,8 +41,12 @@ from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
 from fleetune.coordinator.store.identities import Kind
+from fleetune.supervisor import Supervisor
 from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc, fleet_pb2, fleet_pb2_grpc, registry_pb2, registry_pb2_grpc
 from fleetune.wire import channel, frames
+
+if TYPE_CHECKING:
+    from fleetune.coordinator.metrics.service import Metrics
 
 log = logging.getLogger("fleetune.coordinator")
 
@@ -65,6 +72,7 @@ _UPLOADS = blob_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name
 def main(config: CoordinatorConfig) -> int:
     """Run until SIGTERM or SIGINT; the process's exit code. Raises FleetuneError for what a person must mend."""
     logs.configure(config.log_level, config.log_format)
+    supervisor = Supervisor.from_environment(os.environ)
     allocator.tune_for_chunks(KEPT_MEMORY_BYTES)
     descriptors.widen()
     entrance.check(config)
@@ -72,8 +80,8 @@ def main(config: CoordinatorConfig) -> int:
         try:
             import uvloop
         except ImportError:  # no wheel for this platform: asyncio's own loop is slower, not different
-            return asyncio.run(_serve(config))
-        return uvloop.run(_serve(config))
+            return asyncio.run(_serve(config, supervisor))
+        return uvloop.run(_serve(config, supervisor))
 
 
 @dataclass(frozen=True)
@@ -88,19 +96,26 @@ class Running:
     roster: Roster
     gate: Gate
     tls: Tls | None
+    follower: Follower | None
+    """None in plaintext."""
     port: int
     join_port: int
+    metrics: Metrics | None = None
+    """None where nobody asked for them."""
 
 
-async def _serve(config: CoordinatorConfig) -> int:
+async def _serve(config: CoordinatorConfig, supervisor: Supervisor) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(config) as open_:
         engine, blob_service = open_.engine, open_.blob_service
+        hangup.listen(config.state_dir, open_.follower, stop)
         address = _at(config.listen, open_.port)
         allocator.settle()
+        if open_.metrics is not None:
+            _write_address(config.state_dir, "metrics_address", _at(config.metrics_listen, open_.metrics.port))
         if open_.join_port:
             _write_address(config.state_dir, "join_address", _at(config.join_listen, open_.join_port))
         # The last, since scripts wait for it.
@@ -115,8 +130,11 @@ async def _serve(config: CoordinatorConfig) -> int:
         )
         writer = asyncio.create_task(engine.run(), name="engine")
         stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        watched = asyncio.create_task(supervisor.watch(lambda: _words(open_, address)), name="supervisor")
+        supervisor.ready(_words(open_, address))
         try:
             await asyncio.wait({writer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            supervisor.stopping("lets uploads end")
             failed = writer.done()
             if failed and (error := writer.exception()) is not None:
                 log.critical("the engine failed; nothing that was acknowledged is lost, start again", exc_info=error)
@@ -127,13 +145,20 @@ async def _serve(config: CoordinatorConfig) -> int:
             open_.fleet.hang_up()
             await open_.server.stop(grace=min(1.0, config.drain_grace_s))
         finally:
-            for task in (writer, stopping):
+            for task in (writer, stopping, watched):
                 task.cancel()
-            await asyncio.gather(writer, stopping, return_exceptions=True)
-            for name in ("address", "join_address"):
+            await asyncio.gather(writer, stopping, watched, return_exceptions=True)
+            for name in ("address", "join_address", "metrics_address"):
                 (config.state_dir / name).unlink(missing_ok=True)
     log.info("stopped")
     return 1 if failed else 0
+
+
+def _words(open_: Running, address: str) -> str:
+    """What this coordinator does now, for `systemctl status`."""
+    at_work = [job_id for job_id, job in open_.engine.jobs.items() if not job.ended]
+    jobs = "no job" if not at_work else f"job {at_work[0]}" if len(at_work) == 1 else f"{len(at_work)} jobs"
+    return f"listens on {address}, {len(open_.engine.registry.sessions)} devices connected, {jobs}"
 
 
 @contextlib.asynccontextmanager
@@ -155,9 +180,18 @@ async def running(config: CoordinatorConfig) -> AsyncGenerator[Running]:
         registry = Registry(config.lease_s, dict(names_of((d.device_id, d.name) for d in devices)), quarantined=roster.quarantined)
         settings = Settings(config.state_dir, config.keep_rounds, config.parallel_jobs, absent_grace_s=config.lease_s)
         engine = Engine(settings, database, blobs, registry, ModelHost())
+        metrics: Metrics | None = None
         try:
             await engine.open()
-            fleet = FleetService(engine, registry, database, version=_version(), heartbeat_s=config.heartbeat_s, epoch=epoch)
+            fleet = FleetService(
+                engine,
+                registry,
+                database,
+                version=_version(),
+                heartbeat_s=config.heartbeat_s,
+                epoch=epoch,
+                is_behind=lambda device_id: entrance.is_behind(roster, device_id),
+            )
             engine.attach(fleet)
             blob_service = BlobService(
                 engine, blobs, transfers_at_once=config.transfers_at_once, max_update_bytes=config.max_update_bytes, epoch=epoch
@@ -180,36 +214,71 @@ async def running(config: CoordinatorConfig) -> AsyncGenerator[Running]:
             health_service = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
             reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-            ports["listen"] = _bind(server, config.listen, tls, mutual=True)
-            joining = _joining(config, tls, roster, registry, gate)
-            ports["join"] = _bind(joining, config.join_listen, tls, mutual=False) if joining is not None else 0
+            if config.metrics_listen:
+                metrics = await _metrics(config, Sources(_version(), epoch, engine, registry, fleet, blob_service, roster, gate, devices))
+            # First: where it is taken, nothing else is open yet.
+            door = Door()
+            joining = _joining(tls, roster, registry, gate, door)
+            ports["join"] = await door.open(config.join_listen) if joining is not None else 0
+            try:
+                ports["listen"] = _bind(server, config.listen, tls, mutual=True)
+                if joining is not None:
+                    door.leads_to(_bind(joining, f"{LOOPBACK}:0", tls, mutual=False))
+            except MachineError:
+                await door.close()
+                raise
             await server.start()
             if joining is not None:
                 await joining.start()
             for name in ("", *_SERVICES):
                 await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
             watching = [asyncio.create_task(room.watch(engine, blobs, health_service, _UPLOADS), name="room on the disk")]
-            if tls is not None:
-                watching.append(asyncio.create_task(entrance.follow(tls, roster, fleet), name="TLS files"))
+            follower = Follower(tls, tlsfolder.of(config.state_dir), roster, fleet) if tls is not None else None
+            if follower is not None:
+                watching.append(asyncio.create_task(follower.run(), name="TLS files"))
             try:
-                yield Running(server, engine, fleet, blob_service, health_service, roster, gate, tls, ports["listen"], ports["join"])
+                yield Running(
+                    server,
+                    engine,
+                    fleet,
+                    blob_service,
+                    health_service,
+                    roster,
+                    gate,
+                    tls,
+                    follower,
+                    ports["listen"],
+                    ports["join"],
+                    metrics,
+                )
             finally:
                 for task in watching:
                     task.cancel()
                 await asyncio.gather(*watching, return_exceptions=True)
+                await door.close()
                 if joining is not None:
                     await joining.stop(grace=0)
                 await server.stop(grace=0)
                 blob_service.close()
         finally:
+            if metrics is not None:
+                await metrics.close()
             await engine.close()
             await roster.close()
     finally:
         await database.close()
 
 
-def _joining(config: CoordinatorConfig, tls: Tls | None, roster: Roster, registry: Registry, gate: Gate) -> grpc.aio.Server | None:
-    """The small server for those who have no certificate yet; None where nobody can get one here."""
+async def _metrics(config: CoordinatorConfig, sources: Sources) -> Metrics:
+    from fleetune.coordinator.metrics.service import Metrics  # here, since Prometheus' library is only for who asks for metrics
+
+    made = Metrics(config, sources)
+    await made.open()
+    return made
+
+
+def _joining(tls: Tls | None, roster: Roster, registry: Registry, gate: Gate, door: Door) -> grpc.aio.Server | None:
+    """The small server behind the door, for those who have no certificate yet; None where nobody can get one here."""
     if tls is None or tls.authority is None:
         return None
 
@@ -219,7 +288,7 @@ def _joining(config: CoordinatorConfig, tls: Tls | None, roster: Roster, registr
         registry.names[name] = device_id
 
     server = grpc.aio.server(options=join.options(), maximum_concurrent_rpcs=join.CALLS_MAX)
-    service = JoinService(roster, on_replaced=lambda kind, name: _cut(gate, kind, name), on_joined=joined)
+    service = JoinService(roster, on_replaced=lambda kind, name: _cut(gate, kind, name), on_joined=joined, source_of=door.source_of)
     registry_pb2_grpc.add_JoinServiceServicer_to_server(service, server)
     return server
 
@@ -234,10 +303,9 @@ def _bind(server: grpc.aio.Server, listen: str, tls: Tls | None, *, mutual: bool
             server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, tls.handshakes.credentials(mutual=mutual))
         )
     except RuntimeError as error:
-        option = "--listen" if mutual else "--join-listen"
         raise MachineError(
             f"the address {listen} cannot be listened on: it is taken, or not one of this machine's.",
-            f"Stop what uses it, or choose another with {option} (port 0 takes any free one).",
+            "Stop what uses it, or choose another with --listen (port 0 takes any free one).",
         ) from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 
-RESERVED = 512
-"""For the database, blobs, spools and libraries: an upload must find a descriptor however many connections there are."""
+RESERVED = 768
+"""For the database, blobs, spools, libraries and those who join: an upload must find a descriptor however many connections there are."""
 
 CONNECTIONS_MIN = 64
 CONNECTIONS_MAX = 100_000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 JobStatus = Literal["queued", "preparing", "waiting", "running", "paused", "completed", "failed", "cancelled"]
@@ -16,6 +18,8 @@ EvaluationSource = Literal["devices", "heldout", "none"]
 UpdateKind = Literal["delta", "state", "gradient"]
 Layout = Literal["blocks", "depth", "data-parallel", "single"]
 """Who trains what in a planned round: one block each; from the loss down to a depth each; everything on all; everything on one."""
+
+PlanSolver = Literal["exact", "crunch-equal", "dual", "random-equal", "greedy-equal"]
 
 Metrics = dict[str, float]
 
@@ -78,6 +82,40 @@ class LinkFigures:
 
 
 @dataclass(frozen=True)
+class DepthBlock:
+    """The trainable tensors at one depth from the loss."""
+
+    name: str
+    """What people call it, for example "layer.5"."""
+    tensors: tuple[str, ...]
+    values: int
+    """Numbers in them."""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How a job's rounds are planned; None in a job whose method does not plan."""
+
+    layout: Layout | Literal["auto"] = "blocks"
+    solver: PlanSolver = "exact"
+    layers_per_block: int = 1
+    """Neighbouring depths that go to a device as one; the head stays a block of its own."""
+    resource: Literal["ingress", "airtime"] = "ingress"
+    uplink_bits_per_s: float = 0.0
+    """What all uploads may take together, for ingress; 0 is no common bound."""
+    rotate_rounds: int = 0
+    deadline_factor: float = 1.5
+    """Times the predicted round's seconds; 0 is no deadline by the plan."""
+    spares: bool = True
+    passes: int = 1
+    """Forward and backward passes of a task."""
+    rows: int = 1
+    """Of one pass."""
+    value_bits: int = 32
+    """Of a number on the wire."""
+
+
+@dataclass(frozen=True)
 class PlannedPart:
     """One device's part of a planned round. Times are from the round's training start, as predicted."""
 
@@ -100,15 +138,28 @@ class RoundPlan:
     parts: tuple[PlannedPart, ...]
     round_s: float
     uncovered_depths: tuple[int, ...] = ()
+    """Depths that nobody can train in this round, ascending; their weights stay as they are."""
     idle_devices: tuple[str, ...] = ()
+    idle_names: tuple[str, ...] = ()
+    """Of the first of them, for people."""
     lower_bound_s: float | None = None
     predictions: tuple[tuple[str, float | None, float | None], ...] = ()
     """Layout or method, its predicted round seconds, its predicted seconds per full-gradient row; None where the fleet cannot run it."""
     reason: str = ""
     """Why this layout, for a person."""
+    rounds_avoided: int = 0
+    """How many of the last rounds' pairs of device and block the rotation has kept apart."""
+
+    def depths(self) -> frozenset[int]:
+        """Every depth that somebody was asked to train."""
+        return frozenset(depth for part in self.parts for depth in part.depths)
 
     def part_of(self, device_id: str) -> PlannedPart | None:
-        return next((part for part in self.parts if part.device_id == device_id), None)
+        return self._by_device.get(device_id)
+
+    @cached_property
+    def _by_device(self) -> dict[str, PlannedPart]:
+        return {part.device_id: part for part in self.parts}
 
 
 @dataclass(frozen=True)
@@ -122,6 +173,27 @@ class Candidate:
     evaluates: bool = True
     """The same of rows to measure on."""
     link: LinkFigures = LinkFigures()
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything that the plan of one round follows from."""
+
+    settings: PlanSettings
+    round_number: int
+    seed: int
+    blocks: tuple[DepthBlock, ...]
+    """By depth, index 0 next to the loss."""
+    state_bytes: int
+    """What a device fetches before it trains."""
+    candidates: tuple[Candidate, ...]
+    figures: Mapping[str, DeviceFigures]
+    extra_s: Mapping[str, float]
+    """Device id -> seconds by which its uploads begin later than its figures say."""
+    untrained_rounds: tuple[int, ...]
+    """By depth: rounds since it was last trained."""
+    turns: tuple[Mapping[int, str], ...] = ()
+    """For each of the last rounds in which each depth had one device: depth -> device id, the newest last."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +239,8 @@ class Prepared:
     parameters: int = 0
     trainable_parameters: int = 0
     initial: Evaluation | None = None
+    blocks: tuple[DepthBlock, ...] = ()
+    """The trainable tensors by depth from the loss, index 0 next to it; empty for methods without a model."""
 
 
 @dataclass(frozen=True)

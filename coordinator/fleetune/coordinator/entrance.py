@@ -1,20 +1,25 @@
-"""How the coordinator lets in: from which files its TLS comes, how they are followed while it runs, and what join lines tell."""
+"""How the coordinator lets in: from which files its TLS comes, when they are read again, and what join lines tell."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import logging
+import os
 import socket
+import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.coordinator import tlsfolder
 from fleetune.coordinator.config import CoordinatorConfig, TlsFiles, is_wildcard
+from fleetune.coordinator.faults import FolderInUseError
 from fleetune.coordinator.handshakes import Handshakes, Offer
 from fleetune.errors import ConfigError, FleetuneError
+from fleetune.waiting import happened
 from fleetune.wire import channel
 
 if TYPE_CHECKING:
@@ -24,57 +29,200 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fleetune.tls")
 
-LOOK_S = 1.0
-"""How soon a rotation or a new certificate on disk is taken up."""
+SLEEP_S_MAX = 3600.0
+"""Of the wait until the server's certificate is to be renewed: the wall clock, by which that is due, may be set meanwhile."""
 
-MEND_S = 3600.0
-"""How often the age of the server's certificate is looked at."""
+WRITER_S = 5.0
+"""How long a reload waits for whoever is changing the folder at that moment."""
+
+MEND_AGAIN_S = 600.0
+"""After a renewal that failed, on a full disk for example."""
 
 
-@dataclass
-class Tls:
-    """What the coordinator shows, and whom it takes. Written only by `follow`."""
+@dataclass(frozen=True)
+class Shown:
+    """What the files hold, read and found to fit together."""
 
-    handshakes: Handshakes
-    authority: Authority | None
+    offer: Offer
+    authority: Authority | None = field(compare=False)
     """None: another authority made the certificates."""
-    folder: Path
-    files: TlsFiles | None
+    signing_root: str = ""
+    """Hex SHA-256 of the root that it signs with."""
     server_root: str = ""
     """Hex SHA-256 of the root that the server's certificate comes from."""
     address: str = ""
     """As `fleetune init` was told."""
-    mark: object = field(default=None)
+    renew_unix_s: float = float("inf")
+    """When the server's certificate is to be renewed; never where another authority made it."""
+
+
+class Tls:
+    """What the coordinator shows, and whom it takes.
+
+    The files are looked at when a handshake begins (a `stat` of each), and read where one has changed: that connection gets the new
+    ones already. Nothing looks in between, except on a signal and when this process has written them.
+    """
+
+    def __init__(self, read: Callable[[float], Shown], mark: Callable[[], object]) -> None:
+        """Both come from any thread, and `mark` changes whenever a file does.
+
+        `read` waits for so many seconds for a writer to end, and raises FolderInUseError where it does not; ConfigError or OSError for
+        what cannot be used.
+        """
+        self._read = read
+        self._mark_of = mark
+        self._lock = threading.Lock()
+        self._on_news: Callable[[str], None] = _nobody
+        # Before the files: what changes while they are read is read again.
+        self._mark = mark()
+        self._shown = read(WRITER_S)
+        self.handshakes = Handshakes(self._shown.offer, self._look)
+
+    @property
+    def authority(self) -> Authority | None:
+        return self._shown.authority
+
+    @property
+    def server_root(self) -> str:
+        return self._shown.server_root
+
+    @property
+    def address(self) -> str:
+        return self._shown.address
+
+    @property
+    def renew_unix_s(self) -> float:
+        return self._shown.renew_unix_s
+
+    def on_news(self, hear: Callable[[str], None]) -> None:
+        """`hear` is told of each change: an empty text, or why it cannot be used. On whatever thread took it up, so it must not log."""
+        self._on_news = hear
+
+    def take_up(self) -> bool:
+        """Read the files again, changed or not; False where they cannot be used, and what was read before goes on. Blocks on the disk."""
+        with self._lock:
+            return self._read_again(self._mark_of(), WRITER_S)
+
+    def _look(self) -> None:
+        # A handshake that comes while another one reads, or while somebody writes, goes on with what is known: it waits for nobody.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            mark = self._mark_of()
+            if mark != self._mark:
+                self._read_again(mark, 0.0)
+        finally:
+            self._lock.release()
+
+    def _read_again(self, mark: object, patience_s: float) -> bool:
+        try:
+            shown = self._read(patience_s)
+        except FolderInUseError as error:
+            # In the middle of the writing. The mark stays, so that the next handshake looks once more.
+            if patience_s:
+                self._on_news(str(error))
+            return False
+        except (FleetuneError, OSError, ValueError) as error:
+            # Wrong for good, or half of what another authority's tools write: what was read before goes on until the next change.
+            self._mark = mark
+            self._on_news(str(error))
+            return False
+        self._mark = mark
+        if shown != self._shown:
+            self._shown = shown
+            self.handshakes.replace(shown.offer)
+            self._on_news("")
+        return True
 
 
 def open_tls(config: CoordinatorConfig, now_unix_s: float) -> Tls | None:
     """The TLS that the settings ask for; None for plaintext. Raises ConfigError where files are missing, damaged or open to others."""
     if config.plaintext:
         return None
-    folder = tlsfolder.of(config.state_dir)
     if config.tls is not None:
-        return Tls(Handshakes(_foreign(config.tls)), None, folder, config.tls, mark=_foreign_mark(config.tls))
+        files = config.tls
+        return Tls(lambda _: Shown(_foreign(files), None), lambda: _mark((files.key, files.certificate, files.roots)))
     _check_folder(config.state_dir)
+    folder = tlsfolder.of(config.state_dir)
     if tlsfolder.mend(folder, now_unix_s):
         log.warning("the coordinator's certificate was renewed")
-    mark = tlsfolder.mark(folder)
-    material = tlsfolder.read(folder)
-    offer = Offer(material.server_key, material.server_chain, material.roots)
-    return Tls(Handshakes(offer), material.authority, folder, None, material.server_root, material.address, mark)
+    return Tls(lambda patience_s: _own(folder, patience_s), lambda: _mark([folder / name for name in tlsfolder.REQUIRED]))
 
 
-async def follow(tls: Tls, roster: Roster, fleet: FleetService) -> None:
-    """Take up what changes on disk, renew the server's certificate in time, and tell devices to renew where the roots have changed."""
-    told: dict[str, int] = {}
-    mended_s = time.monotonic()
-    while True:
-        await asyncio.sleep(LOOK_S)
-        if tls.files is None and time.monotonic() - mended_s > MEND_S:
-            mended_s = time.monotonic()
-            await _mend(tls.folder)
-        await _take_up(tls, roster)
-        if tls.authority is not None:
-            _tell(tls.authority, roster, fleet, told)
+class Follower:
+    """Lets what has changed reach those who are there already, and renews the server's certificate in time."""
+
+    def __init__(self, tls: Tls, folder: Path, roster: Roster, fleet: FleetService) -> None:
+        self._tls = tls
+        self._folder = folder
+        self._roster = roster
+        self._fleet = fleet
+        self._changed = asyncio.Event()
+        self._reload = False
+
+    def reload(self) -> None:
+        """Somebody says that the files were changed. On the event loop."""
+        self._reload = True
+        self._changed.set()
+
+    def _hear(self, news: str) -> None:
+        if news:
+            log.warning("the changed TLS files cannot be used yet, the former go on: %s", news)
+        else:
+            log.info("TLS files were changed and are taken up")
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+
+        def hear(news: str) -> None:
+            with contextlib.suppress(RuntimeError):  # a last handshake, and the loop has ended
+                loop.call_soon_threadsafe(self._hear, news)
+
+        self._tls.on_news(hear)
+        again_s = 0.0
+        try:
+            while True:
+                wait_s = max(self._tls.renew_unix_s - time.time(), again_s, 0.0)
+                if await happened(self._changed, min(wait_s, SLEEP_S_MAX)):
+                    self._changed.clear()
+                    if self._reload:
+                        self._reload = False
+                        if await asyncio.to_thread(self._tls.take_up):
+                            log.info("reloaded: the TLS files were read again")
+                        continue  # what has changed is news, which wakes this again
+                    self._spread()
+                elif time.time() >= self._tls.renew_unix_s:
+                    again_s = 0.0 if await self._mend() else MEND_AGAIN_S
+        finally:
+            self._tls.on_news(_nobody)
+
+    def _spread(self) -> None:
+        """Sign with the present authority, and let devices renew that know another one."""
+        authority = self._tls.authority
+        if authority is None:
+            return
+        self._roster.trust(authority)
+        for device_id in [device_id for device_id in self._fleet.lines if is_behind(self._roster, device_id)]:
+            self._fleet.ask_to_renew(device_id)
+
+    async def _mend(self) -> bool:
+        try:
+            if await asyncio.to_thread(tlsfolder.mend, self._folder, time.time()):
+                log.warning("the coordinator's certificate was renewed")
+        except (FleetuneError, OSError) as error:
+            log.error("the coordinator's certificate could not be renewed: %s", error)
+            return False
+        return await asyncio.to_thread(self._tls.take_up)
+
+
+def is_behind(roster: Roster, device_id: str) -> bool:
+    """Whether the device's newest certificate came with other roots than those of today, so that it should renew."""
+    from fleetune.coordinator.certificates import roots_digest
+
+    newest, authority = roster.newest_of_device(device_id), roster.authority
+    return newest is not None and authority is not None and newest.roots != roots_digest(authority.roots_pem)
 
 
 def outgoing_host() -> str:
@@ -95,46 +243,17 @@ def dialled(config: CoordinatorConfig, stored: str, port: int) -> str:
     return f"{outgoing_host() if is_wildcard(host) else host}:{port}"
 
 
-async def _mend(folder: Path) -> None:
-    try:
-        if await asyncio.to_thread(tlsfolder.mend, folder, time.time()):
-            log.warning("the coordinator's certificate was renewed")
-    except (FleetuneError, OSError) as error:
-        log.error("the coordinator's certificate could not be renewed: %s", error)
-
-
-async def _take_up(tls: Tls, roster: Roster) -> None:
-    mark = _foreign_mark(tls.files) if tls.files is not None else tlsfolder.mark(tls.folder)
-    if mark == tls.mark:
-        return
-    tls.mark = mark
-    try:
-        if tls.files is not None:
-            tls.handshakes.replace(await asyncio.to_thread(_foreign, tls.files))
-        else:
-            material = await asyncio.to_thread(tlsfolder.read, tls.folder)
-            tls.authority, tls.server_root, tls.address = material.authority, material.server_root, material.address
-            roster.trust(material.authority)
-            tls.handshakes.replace(Offer(material.server_key, material.server_chain, material.roots))
-    except (FleetuneError, OSError) as error:
-        # Caught between two of the writer's renames, or wrong for good: what was read before goes on until the next change.
-        log.warning("the changed TLS files cannot be used yet: %s", error)
-        return
-    log.info("TLS files were changed and are taken up")
-
-
-def _tell(authority: Authority, roster: Roster, fleet: FleetService, told: dict[str, int]) -> None:
-    """Each session once: agents whose newest certificate came with other roots than today's should renew."""
-    from fleetune.coordinator.certificates import roots_digest
-
-    digest = roots_digest(authority.roots_pem)
-    for device_id, line in fleet.lines.items():
-        newest = roster.newest_of_device(device_id)
-        if newest is not None and newest.roots != digest and told.get(device_id) != line.session.session_id:
-            told[device_id] = line.session.session_id
-            fleet.ask_to_renew(device_id)
-    for device_id in told.keys() - fleet.lines.keys():
-        del told[device_id]
+def _own(folder: Path, patience_s: float) -> Shown:
+    material = tlsfolder.read_whole(folder, patience_s)
+    offer = Offer(material.server_key, material.server_chain, material.roots)
+    return Shown(
+        offer=offer,
+        authority=material.authority,
+        signing_root=material.authority.fingerprint,
+        server_root=material.server_root,
+        address=material.address,
+        renew_unix_s=tlsfolder.renew_unix_s(material.server_chain),
+    )
 
 
 def _foreign(files: TlsFiles) -> Offer:
@@ -155,15 +274,21 @@ def _foreign(files: TlsFiles) -> Offer:
     return Offer(key, certificate, roots)
 
 
-def _foreign_mark(files: TlsFiles) -> str:
-    found = hashlib.sha256()
-    for path in (files.key, files.certificate, files.roots):
+def _mark(paths: Sequence[Path]) -> tuple[tuple[int, int, int], ...]:
+    """Changes whenever a file does. A few microseconds: it is asked for at every handshake."""
+    found: list[tuple[int, int, int]] = []
+    for path in paths:
         try:
-            status = path.stat()
+            status = os.stat(path)
         except OSError:
-            continue
-        found.update(f"{path} {status.st_mtime_ns} {status.st_ino} {status.st_size}".encode())
-    return found.hexdigest()
+            found.append((0, 0, 0))
+        else:
+            found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return tuple(found)
+
+
+def _nobody(_news: str) -> None:
+    return
 
 
 def check(config: CoordinatorConfig) -> None:

@@ -39,6 +39,17 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
 
 
+def rate_text(bits_per_s: float) -> str:
+    """5.2e6 -> "5.2 Mbit/s", 800 -> "0.8 kbit/s"; "-" for 0, which is not known."""
+    if not math.isfinite(bits_per_s) or bits_per_s <= 0:
+        return "-"
+    for unit, size in (("kbit/s", 1e3), ("Mbit/s", 1e6), ("Gbit/s", 1e9)):
+        scaled = bits_per_s / size
+        if scaled < 999.5 or unit == "Gbit/s":
+            return f"{scaled:.1f} {unit}" if scaled < 9.95 else f"{scaled:.0f} {unit}"
+    return "-"
+
+
 def loss_text(value: float | None) -> str:
     """A loss in four significant places, "-" where there is none."""
     if value is None:

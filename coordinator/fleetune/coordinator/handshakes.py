@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -20,8 +21,10 @@ class Offer:
 class Handshakes:
     """Credentials whose content may be replaced: connections stay, and the next handshake takes the new."""
 
-    def __init__(self, offer: Offer) -> None:
+    def __init__(self, offer: Offer, look: Callable[[], None] | None = None) -> None:
+        """`look` is called at every handshake, on a thread of gRPC's, and may replace the offer for it. It must raise nothing."""
         self._offer = offer
+        self._look = look
         self._version = 0
         self._lock = threading.Lock()
 
@@ -35,8 +38,9 @@ class Handshakes:
         told = self._version
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
-            # On gRPC's thread at every handshake: memory only, files are read elsewhere.
             nonlocal told
+            if self._look is not None:
+                self._look()
             with self._lock:
                 if told == self._version:
                     return None

@@ -27,9 +27,10 @@ _BY_JOB = {
     "model.revision": "the hub's default branch",
     "lora.targets": "PEFT's choice for the architecture",
     "lora.init_adapter": "a fresh adapter",
-    "training.steps": "none",
-    "training.epochs": "`1.0` without steps",
+    "training.steps": "none; `1` for deft's gradients",
+    "training.epochs": "`1.0` without steps; none with deft",
     "method.server_learning_rate": "`1.0` for fedavgm, `0.01` for fedadam and fedyogi",
+    "method.server_beta2": "`0.999` for deft, else `0.99`",
     "evaluation.heldout": "none",
     "evaluation.metric": '`"accuracy"` for text-classification, else `"loss"`',
 }

@@ -14,6 +14,7 @@ from fleetune.coordinator.jobsections import (
     EvaluationSection,
     JobSpec,
     LoraSection,
+    MethodSection,
     ModelSection,
     TaskSection,
     TrainingSection,
@@ -36,6 +37,37 @@ _SERVER_SETTINGS: dict[str, tuple[str, ...]] = {
     "server_tau": ("fedadam", "fedyogi"),
 }
 _SERVER_LEARNING_RATE = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
+_LAYOUTS_OF: dict[str, tuple[str, ...]] = {
+    "solver": ("blocks", "auto"),
+    "layers_per_block": ("blocks", "depth", "auto"),
+    "rotate_rounds": ("blocks", "auto"),
+}
+"""Settings of deft that only some layouts have a use for."""
+
+_METHODS_OF: dict[str, tuple[str, ...]] = {
+    "layout": ("deft",),
+    "solver": ("deft",),
+    "payload": ("deft",),
+    "trains": ("deft",),
+    "layers_per_block": ("deft",),
+    "resource": ("deft",),
+    "uplink_mbps": ("deft",),
+    "sharing": ("deft",),
+    "rotate_rounds": ("deft",),
+    "deadline_factor": ("deft",),
+    "spares": ("deft",),
+    "proximal_mu": ("fedavg_lora",),
+    "server_optimizer": ("fedavg_lora",),
+    "server_learning_rate": ("fedavg_lora",),
+    "server_momentum": ("fedavg_lora",),
+    "server_beta1": ("fedavg_lora", "deft"),
+    "server_beta2": ("fedavg_lora", "deft"),
+    "server_epsilon": ("deft",),
+    "server_tau": ("fedavg_lora",),
+    "update_dtype": ("fedavg_lora", "deft"),
+    "state_mib": ("echo",),
+}
+"""The methods that have a use for a setting of [method]."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +104,9 @@ def completed(spec: JobSpec) -> JobSpec:
                 "evaluation": EvaluationSection(source="none"),
             }
         )
-    training = spec.training
+    training, method = spec.training, _completed_method(spec)
     if not training.steps and not training.epochs:
-        training = training.model_copy(update={"epochs": 1.0})
-    method = spec.method
-    if method.server_learning_rate is None:
-        method = method.model_copy(update={"server_learning_rate": _SERVER_LEARNING_RATE.get(method.server_optimizer, 1.0)})
+        training = training.model_copy(update={"steps": 1} if method.name == "deft" else {"epochs": 1.0})
     metric = spec.evaluation.metric or ("accuracy" if spec.task.kind == "text-classification" else "loss")
     return spec.model_copy(
         update={
@@ -87,6 +116,23 @@ def completed(spec: JobSpec) -> JobSpec:
             "evaluation": spec.evaluation.model_copy(update={"metric": metric}),
         }
     )
+
+
+def _completed_method(spec: JobSpec) -> MethodSection:
+    method = spec.method
+    update: dict[str, object] = {}
+    if method.name == "auto":
+        update |= {"name": "deft", "layout": "auto"}
+    if method.server_learning_rate is None:
+        update["server_learning_rate"] = _SERVER_LEARNING_RATE.get(method.server_optimizer, 1.0)
+    if method.server_beta2 is None:
+        update["server_beta2"] = 0.999 if is_deft(spec) else 0.99
+    return method.model_copy(update=update)
+
+
+def is_deft(spec: JobSpec) -> bool:
+    """Whether the job's method is deft, under either of its names in a file."""
+    return spec.method.name in ("deft", "auto")
 
 
 def is_folder(base: str) -> bool:
@@ -244,6 +290,9 @@ def _training(draft: Draft) -> Iterator[Complaint]:
     training = draft.spec.training
     if not draft.sound("training.steps", "training.epochs"):
         return
+    if is_deft(draft.spec):
+        yield from _training_of_deft(draft)
+        return
     if training.steps and training.epochs:
         yield Complaint("training.epochs", str(training.epochs), "either training.steps or training.epochs", "Remove one of the two.")
     elif not training.steps and not training.epochs:
@@ -256,27 +305,85 @@ def _training(draft: Draft) -> Iterator[Complaint]:
             yield Complaint("training.steps", "0", "more than 0 for one of steps and epochs", "Say how long a device trains in a round.")
 
 
+def _training_of_deft(draft: Draft) -> Iterator[Complaint]:
+    training = draft.spec.training
+    if not draft.sound("method.payload"):
+        return
+    gradients = draft.spec.method.payload == "gradients"
+    if draft.sets("training.epochs"):
+        allowed = "nothing, for deft" + ("'s gradients" if gradients else "")
+        remedy = "Remove it: a round is one step." if gradients else "Remove it, and set training.steps: rounds are planned in steps."
+        yield Complaint("training.epochs", str(training.epochs), allowed, remedy)
+    elif gradients and training.steps != 1 and draft.sets("training.steps"):
+        remedy = 'Remove it: a round is one step of the coordinator\'s; for several local ones set method.payload = "deltas".'
+        yield Complaint("training.steps", str(training.steps), "1, for deft's gradients", remedy)
+    elif not gradients and not training.steps:
+        found = "0" if draft.sets("training.steps") else ""
+        yield Complaint("training.steps", found, "1 to 1000000", "Say how many local steps a device takes in a round.")
+
+
 def _method(draft: Draft) -> Iterator[Complaint]:
     method = draft.spec.method
-    if method.name != "echo" and draft.sets("method.state_mib") and draft.sound("method.state_mib", "method.name"):
-        yield Complaint("method.state_mib", shown(method.state_mib), "nothing, for " + method.name, "Remove it: only echo takes a size.")
-    if method.name == "echo":
-        for name in (*_SERVER_SETTINGS, "proximal_mu", "server_optimizer", "update_dtype"):
-            if draft.sets(f"method.{name}") and draft.sound(f"method.{name}"):
+    if not draft.sound("method.name"):
+        return
+    name = "deft" if is_deft(draft.spec) else method.name
+    for setting, methods in _METHODS_OF.items():
+        path = f"method.{setting}"
+        if name not in methods and draft.sets(path) and draft.sound(path):
+            remedy = f"Remove it: only {' and '.join(methods)} {'have' if len(methods) > 1 else 'has'} a use for it."
+            yield Complaint(path, shown(getattr(method, setting)), f"nothing, for {name}", remedy)
+    if name == "deft":
+        yield from _deft(draft)
+    elif name == "fedavg_lora" and draft.sound("method.server_optimizer"):
+        for setting, optimizers in _SERVER_SETTINGS.items():
+            path = f"method.{setting}"
+            if draft.sets(path) and draft.sound(path) and method.server_optimizer not in optimizers:
                 yield Complaint(
-                    f"method.{name}", shown(getattr(method, name)), "nothing, for echo", "Remove it: echo neither trains nor optimises."
+                    path,
+                    shown(getattr(method, setting)),
+                    f"nothing, for server_optimizer = {shown(method.server_optimizer)}",
+                    f"Remove it, or set method.server_optimizer to {' or '.join(optimizers)}.",
                 )
-        return
-    if not draft.sound("method.server_optimizer"):
-        return
-    for name, optimizers in _SERVER_SETTINGS.items():
-        if draft.sets(f"method.{name}") and draft.sound(f"method.{name}") and method.server_optimizer not in optimizers:
-            yield Complaint(
-                f"method.{name}",
-                shown(getattr(method, name)),
-                f"nothing, for server_optimizer = {shown(method.server_optimizer)}",
-                f"Remove it, or set method.server_optimizer to {' or '.join(optimizers)}.",
-            )
+
+
+def _deft(draft: Draft) -> Iterator[Complaint]:
+    spec, method = draft.spec, draft.spec.method
+    if method.name == "auto" and draft.sets("method.layout") and method.layout != "auto" and draft.sound("method.layout"):
+        remedy = 'Remove it, or set method.name = "deft", for which the layout can be chosen.'
+        yield Complaint("method.layout", shown(method.layout), "auto, for method.name = auto", remedy)
+    elif draft.sound("method.layout"):
+        layout = "auto" if method.name == "auto" else method.layout
+        for setting, layouts in _LAYOUTS_OF.items():
+            path = f"method.{setting}"
+            if layout not in layouts and draft.sets(path) and draft.sound(path):
+                remedy = f"Remove it, or set method.layout to {' or '.join(layouts)}."
+                yield Complaint(path, shown(getattr(method, setting)), f"nothing, for layout = {shown(layout)}", remedy)
+    if draft.sound("method.payload") and method.payload == "deltas":
+        for setting in ("server_beta1", "server_beta2", "server_epsilon"):
+            path = f"method.{setting}"
+            if draft.sets(path) and draft.sound(path):
+                remedy = 'Remove it: for deltas the coordinator has no optimiser; or set method.payload = "gradients".'
+                yield Complaint(path, shown(getattr(method, setting)), 'nothing, for payload = "deltas"', remedy)
+    bound = "rounds.update_norm_bound"
+    if draft.sound("method.payload", bound) and method.payload == "gradients" and draft.sets(bound) and spec.rounds.update_norm_bound:
+        remedy = "Remove it: honest gradients differ too much in size. training.max_grad_norm bounds what all of them do together."
+        yield Complaint(bound, shown(spec.rounds.update_norm_bound), "0, for deft's gradients", remedy)
+    shared = method.resource == "airtime" or method.uplink_mbps > 0
+    if not shared and draft.sets("method.sharing") and draft.sound("method.sharing", "method.resource", "method.uplink_mbps"):
+        remedy = 'Remove it, or say what uploads share: method.uplink_mbps, or method.resource = "airtime".'
+        yield Complaint("method.sharing", shown(method.sharing), "nothing, where nothing is shared", remedy)
+    if method.resource == "airtime" and method.uplink_mbps and draft.sound("method.resource", "method.uplink_mbps"):
+        remedy = 'Remove it: the links\' own rates bound what a channel carries; or set method.resource = "ingress".'
+        yield Complaint("method.uplink_mbps", shown(method.uplink_mbps), "0, for resource = airtime", remedy)
+    if 0 < method.deadline_factor < 1 and draft.sound("method.deadline_factor"):
+        remedy = "Below 1 every round would be cut short; 1.5 leaves room for what was not predicted."
+        yield Complaint("method.deadline_factor", shown(method.deadline_factor), "0, or 1 to 1000", remedy)
+    if method.trains == "full" and draft.sound("method.trains"):
+        for setting in LoraSection.model_fields:
+            path = f"lora.{setting}"
+            if draft.sets(path) and draft.sound(path):
+                remedy = 'Remove it: without adapters nothing has a use for it; or set method.trains = "lora".'
+                yield Complaint(path, shown(getattr(spec.lora, setting)), 'nothing, for trains = "full"', remedy)
 
 
 def _evaluation(draft: Draft) -> Iterator[Complaint]:

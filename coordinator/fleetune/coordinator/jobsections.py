@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ModelTaskName = Literal["text-classification", "causal-lm", "seq2seq-lm"]
-MethodName = Literal["fedavg_lora", "echo"]
+MethodName = Literal["fedavg_lora", "deft", "auto", "echo"]
+LayoutName = Literal["blocks", "depth", "data-parallel", "single", "auto"]
+PlanSolver = Literal["exact", "crunch-equal", "dual", "random-equal", "greedy-equal"]
+Payload = Literal["gradients", "deltas"]
+Trains = Literal["lora", "full"]
+SharedResource = Literal["ingress", "airtime"]
+Sharing = Literal["weights", "hard"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
 EvaluationSource = Literal["devices", "heldout", "none"]
 MetricName = Literal["accuracy", "macro_f1", "loss"]
@@ -117,7 +123,7 @@ class TrainingSection(Section):
         default=0,
         ge=0,
         le=1_000_000,
-        description="Optimiser steps of a device in a round; 0 goes by epochs.",
+        description="Optimiser steps of a device in a round; 0 goes by epochs. deft's gradients are of one step.",
         json_schema_extra={"unit": "steps"},
     )
     epochs: float = Field(
@@ -138,7 +144,9 @@ class TrainingSection(Section):
         default=1, ge=1, le=4096, description="Batches of one optimiser step.", json_schema_extra={"unit": "batches"}
     )
     gradient_checkpointing: bool = Field(default=False, description="Save memory at the price of a second forward pass.")
-    learning_rate: float = Field(default=0.001, gt=0, le=10, description="AdamW's peak rate. The optimiser starts anew each round.")
+    learning_rate: float = Field(
+        default=0.001, gt=0, le=10, description="AdamW's peak rate. The optimiser starts anew each round, but for deft's gradients."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="How the rate falls over the steps of all rounds."
     )
@@ -158,7 +166,67 @@ class TrainingSection(Section):
 class MethodSection(Section):
     name: MethodName = Field(
         default="fedavg_lora",
-        description="Who trains what and how updates are folded. echo is a link test that needs no model, task, lora, data or training.",
+        description="Who trains what and how updates are folded. deft plans each round from what devices and links have shown; auto is "
+        "deft with layout auto. echo is a link test that needs no model, task, lora, data or training.",
+    )
+    layout: LayoutName = Field(
+        default="blocks",
+        description="deft: who trains what. blocks gives each device one block of neighbouring layers; depth everything from the loss down "
+        "to a depth of its own; data-parallel everything to each device that holds it; single everything to the one that is fastest. auto "
+        "takes the one that is predicted to take least time for a row's full gradient, anew each round.",
+    )
+    solver: PlanSolver = Field(
+        default="exact", description="deft in blocks: how blocks and shares of the uplink are found. All but exact are for comparison."
+    )
+    payload: Payload = Field(
+        default="gradients",
+        description="deft: what devices send. For gradients the coordinator holds AdamW and a round is one of its steps; deltas are "
+        "the way of training.steps local ones.",
+    )
+    trains: Trains = Field(
+        default="lora", description="deft: adapters beside the frozen layers, or the layers' own weights, without adapters."
+    )
+    layers_per_block: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="deft in blocks or depth: neighbouring layers that are given to a device as one.",
+        json_schema_extra={"unit": "layers"},
+    )
+    resource: SharedResource = Field(
+        default="ingress",
+        description="deft: what uploads share. ingress is a bandwidth of the coordinator, as with devices on separate links; airtime is "
+        "one radio channel, on which a device that sends a half of the time gets a half of its own rate.",
+    )
+    uplink_mbps: float = Field(
+        default=0.0,
+        ge=0,
+        le=1_000_000,
+        description="deft with resource ingress: what all uploads of a round may take together; 0 leaves each device its own rate.",
+        json_schema_extra={"unit": "Mbit/s"},
+    )
+    sharing: Sharing = Field(
+        default="weights",
+        description="deft: weights gives those who send what others do not use at the time, in proportion to their shares; hard holds each "
+        "device to its share, as the paper does.",
+    )
+    rotate_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="deft in blocks: a device does not get a block that it had in this many rounds before, where another can take it; for "
+        "devices with unlike data.",
+        json_schema_extra={"unit": "rounds"},
+    )
+    deadline_factor: float = Field(
+        default=1.5,
+        ge=0,
+        le=1000,
+        description="deft: devices that are not done after this many times the predicted round are not waited for; 0 waits as long as "
+        "rounds.deadline_s does.",
+    )
+    spares: bool = Field(
+        default=True, description="deft: whether an idle device takes over from one that has failed, where it can still be in time."
     )
     proximal_mu: float = Field(
         default=0.0, ge=0, le=1000, description="FedProx: strength of the pull back to the round's global state; 0 is plain FedAvg."
@@ -168,8 +236,15 @@ class MethodSection(Section):
     )
     server_learning_rate: float | None = Field(default=None, gt=0, le=100, description="Rate of the server optimiser.")
     server_momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of fedavgm.")
-    server_beta1: float = Field(default=0.9, ge=0, lt=1, description="First-moment decay of fedadam and fedyogi.")
-    server_beta2: float = Field(default=0.99, ge=0, lt=1, description="Second-moment decay of fedadam and fedyogi.")
+    server_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="First-moment decay of fedadam and fedyogi, and of the coordinator's AdamW in deft."
+    )
+    server_beta2: float | None = Field(
+        default=None, ge=0, lt=1, description="Second-moment decay of fedadam and fedyogi, and of the coordinator's AdamW in deft."
+    )
+    server_epsilon: float = Field(
+        default=1e-8, gt=0, le=1, description="Added to the root of the second moment of the coordinator's AdamW in deft."
+    )
     server_tau: float = Field(
         default=0.001, gt=0, le=1, description="Adaptivity floor added to the root of the second moment of fedadam and fedyogi."
     )
@@ -211,8 +286,9 @@ class RoundsSection(Section):
         default=10.0,
         ge=0,
         le=1_000_000,
-        description="A device's update may be this many times as large (Euclidean norm) as the median of the last three committed rounds; "
-        "a larger one is refused, and the third quarantines its device for the job. 0 allows any size.",
+        description="A device's update may be this many times as large (Euclidean norm) as the median of the last three committed rounds, "
+        "in deft of those over the same blocks; a larger one is refused, and the third quarantines its device for the job. 0 allows any "
+        "size, as deft does for gradients.",
     )
 
 

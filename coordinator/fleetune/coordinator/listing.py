@@ -9,13 +9,17 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from fleetune.coordinator.figures import bytes_text, duration_text, metric_text
+from fleetune.coordinator.figures import bytes_text, count_text, duration_text, metric_text
 from fleetune.coordinator.watch import best_round, metric_of, state_style, state_word
 from fleetune.v1 import control_pb2 as pb
 from fleetune.v1 import registry_pb2
 
 CERTIFICATE_COLUMNS = 130
 """Below it, how long a certificate is good gives way to what the device does; `--json` tells it always."""
+
+LINK_COLUMNS = 120
+FIGURES_COLUMNS = 170
+"""From here on there is room for how old the link's figures are and what a training step takes; `--json` always tells all of it."""
 
 
 def jobs(found: Sequence[pb.JobView], *, now_unix_s: float) -> RenderableType:
@@ -47,7 +51,9 @@ def devices(found: Sequence[pb.DeviceView], *, now_unix_s: float, width: int) ->
     wide = width >= 100
     heads = ["device", "state", "cores", "memory", "accelerator", "temp", "done", "failed"]
     heads += ["board", "data", "tags"] if wide else []
+    heads += ["up/down Mbit/s"] if width >= LINK_COLUMNS else []
     heads += ["certificate"] if wide and width >= CERTIFICATE_COLUMNS else []
+    heads += ["link known", "step"] if width >= FIGURES_COLUMNS else []
     table = _table(*heads, "seen")
     for device in sorted(found, key=lambda item: (not item.online, item.name)):
         profile, telemetry = device.profile, device.telemetry
@@ -59,10 +65,37 @@ def devices(found: Sequence[pb.DeviceView], *, now_unix_s: float, width: int) ->
         cells += [str(device.updates_accepted), str(device.failures) if device.failures else "-"]
         if wide:
             cells += [profile.board or profile.machine or "-", ", ".join(_data_words(device)) or "-", ", ".join(device.tags) or "-"]
+            cells += [_link(device)] if width >= LINK_COLUMNS else []
             cells += [_until(device.certificate_until_unix_s, now_unix_s)] if width >= CERTIFICATE_COLUMNS else []
+            cells += [_link_age(device), _step(device)] if width >= FIGURES_COLUMNS else []
         seen = "now" if device.online else f"{duration_text(max(0.0, now_unix_s - device.last_seen_unix_s))} ago"
         table.add_row(*cells, seen if device.last_seen_unix_s or device.online else "never")
     return table
+
+
+def _link(device: pb.DeviceView) -> str:
+    """Payload rates and the round trip: "5.2/48, 8 ms", with "?" for what is not known."""
+    link = device.link
+    rates = [f"{rate / 1e6:.3g}" if rate < 1e9 else f"{rate / 1e6:.0f}" for rate in (link.up_bits_per_s, link.down_bits_per_s)]
+    words = ["/".join(text if text != "0" else "?" for text in rates)] if rates != ["0", "0"] else []
+    words += [duration_text(link.round_trip_s)] if link.round_trip_s >= 0.0005 else []
+    words += ["metered"] if link.metered else []
+    return ", ".join(words) or "-"
+
+
+def _link_age(device: pb.DeviceView) -> str:
+    """Where the rates come from, and how old they were when the device told them."""
+    if not device.link.source:
+        return "-"
+    return device.link.source if device.link.source == "configured" else f"{device.link.source} {duration_text(device.link.age_s)} ago"
+
+
+def _step(device: pb.DeviceView) -> str:
+    """Seconds of a training step from the shallowest to the deepest, as measured for its newest planned job."""
+    if not device.figures.step_s:
+        return "-"
+    first, last = device.figures.step_s[0], device.figures.step_s[-1]
+    return f"{duration_text(first)} to {duration_text(last)}, {count_text(device.figures.batch_rows, 'row')}"
 
 
 def _data_words(device: pb.DeviceView) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.coordinator.principal import NAME
 from fleetune.errors import ConfigError
 from fleetune.wire import channel, identity
 from fleetune.wire.identity import Identity
@@ -91,21 +92,44 @@ def join(line: JoinLine, name: str, folder: Path, *, again: bool = False) -> Ide
     return made
 
 
-def bring(
-    certificate: bytes, key: bytes, roots: bytes, coordinator: str, folder: Path, *, server_name: str = "", again: bool = False
-) -> Identity:
-    """Take a certificate of another authority, all PEM, instead of a line. ConfigError where it cannot be used."""
+@dataclass(frozen=True)
+class Files:
+    """PEM files from an authority of one's own."""
+
+    certificate: Path
+    key: Path
+    roots: Path
+    """Of the coordinator's certificate."""
+    server_name: str = ""
+    """The name in it; empty: the host that is dialled."""
+
+
+def bring(files: Files, coordinator: str, folder: Path, *, again: bool = False) -> Identity:
+    """Take a certificate of another authority instead of a line. ConfigError where it cannot be used, or one is there, unless `again`."""
     refuse_overwriting(folder, again=again)
 
     from fleetune.wire import keys
 
-    made = keys.brought(certificate, key, roots, coordinator, server_name).identity
+    made = keys.brought(_read(files.certificate), _read(files.key), _read(files.roots), coordinator, files.server_name).identity
     if made.facts.kind != "operator":
         raise ConfigError(f"the certificate is of {made.facts.kind} {made.facts.name!r}, not of an operator.", "Give the operator's own.")
+    if not NAME.fullmatch(made.facts.name):
+        raise ConfigError(
+            f"the certificate is of {made.facts.name[:80]!r}, which the coordinator takes for nobody.",
+            "Its common name must be 1 to 63 of A-Z a-z 0-9 . _ - with a letter or digit first, such as ada.",
+        )
     if wrong := identity.trouble(made.facts):
         raise ConfigError(f"the certificate cannot be used: {wrong}.", "Set the clock if it is wrong; else get a newer one.")
     put(folder, made)
     return made
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(identity.PEM_BYTES_MAX)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.", "Correct the path or its rights.") from error
 
 
 def put(folder: Path, made: Identity) -> None:

@@ -43,6 +43,7 @@ _METHODS = {
     "data-parallel": "federated LoRA, all that hold it",
     "data-parallel-fastest": "federated LoRA, fastest subset",
     "best-single": "best single device",
+    "depth": "depth-aware data parallelism",
 }
 
 

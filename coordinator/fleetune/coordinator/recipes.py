@@ -12,6 +12,13 @@ _MODEL_TASKS = {
 }
 
 
+def _lora(spec: JobSpec) -> messages_pb2.Lora | None:
+    """None where the layers' own weights are trained."""
+    if spec.method.trains == "full":
+        return None
+    return messages_pb2.Lora(rank=spec.lora.rank, alpha=spec.lora.alpha, dropout=spec.lora.dropout, targets=spec.lora.targets)
+
+
 def recipe(spec: JobSpec) -> messages_pb2.Recipe:
     """The recipe of a complete job; an empty one for methods without a model. The same job gives the same bytes."""
     if spec.task.kind is None:
@@ -19,7 +26,7 @@ def recipe(spec: JobSpec) -> messages_pb2.Recipe:
     return messages_pb2.Recipe(
         model_task=_MODEL_TASKS[spec.task.kind],
         labels=spec.task.labels,
-        lora=messages_pb2.Lora(rank=spec.lora.rank, alpha=spec.lora.alpha, dropout=spec.lora.dropout, targets=spec.lora.targets),
+        lora=_lora(spec),
         data=messages_pb2.DataContract(
             name=spec.data.name,
             columns=messages_pb2.Columns(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fleetune.coordinator.domain import Candidate
+from fleetune.coordinator.domain import Candidate, LinkFigures
 
 RefusalKind = Literal["duplicate_id", "name_taken", "invalid"]
 
@@ -34,6 +34,7 @@ class Greeting:
     accepts_tasks: bool = True
     reason: str = ""
     address: str = ""
+    link: LinkFigures = field(default_factory=LinkFigures)
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Session:
     last_heard_s: float
     not_before_s: float = 0.0
     """No task before this time: it has just refused one, and would in a loop."""
+    link: LinkFigures = field(default_factory=LinkFigures)
+    """What its link carries, as it last told."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Registry:
     quarantined: Mapping[str, str] = field(default_factory=dict[str, str])
     """Device id -> why it gets no tasks. Written by the roster, when an operator says so; a session changes nothing of it."""
     sessions: dict[str, Session] = field(default_factory=dict[str, Session])
+    left_s: dict[str, float] = field(default_factory=dict[str, float])
+    """Device id -> when it was last heard, of devices that were here since the start and are gone."""
     _next_session: int = 1
 
     def admit(self, greeting: Greeting, now_s: float) -> Session | Refused:
@@ -102,9 +107,10 @@ class Registry:
         for name in [n for n, device_id in self.names.items() if device_id == greeting.device_id]:
             del self.names[name]
         self.names[greeting.name] = greeting.device_id
-        session = Session(self._next_session, greeting, greeting.accepts_tasks, greeting.reason, now_s)
+        session = Session(self._next_session, greeting, greeting.accepts_tasks, greeting.reason, now_s, link=greeting.link)
         self._next_session += 1
         self.sessions[greeting.device_id] = session
+        self.left_s.pop(greeting.device_id, None)
         return session
 
     def leave(self, session: Session) -> bool:
@@ -112,6 +118,7 @@ class Registry:
         if self.sessions.get(session.greeting.device_id) is not session:
             return False
         del self.sessions[session.greeting.device_id]
+        self.left_s[session.greeting.device_id] = session.last_heard_s
         return True
 
     def announce(self, session: Session, accepts_tasks: bool, reason: str) -> None:
@@ -129,7 +136,7 @@ class Registry:
     def candidates(self, needs: Needs, busy: Collection[str], now_s: float) -> tuple[Candidate, ...]:
         """Devices that are connected, willing, free and able to do `needs`."""
         return tuple(
-            Candidate(s.greeting.device_id, s.greeting.name, trains(s.greeting, needs), evaluates(s.greeting, needs))
+            Candidate(s.greeting.device_id, s.greeting.name, trains(s.greeting, needs), evaluates(s.greeting, needs), s.link)
             for s in self.sessions.values()
             if s.accepts_tasks
             and s.not_before_s <= now_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -69,6 +70,56 @@ def device_shares(job: pb.JobView) -> list[DeviceShare]:
     return sorted(shares, key=lambda share: (-share.samples, share.device))
 
 
+@dataclass(frozen=True)
+class DevicePlan:
+    """What plans said of one device, and what came of it. Seconds from a round's training start to the end of the device's upload."""
+
+    device: str
+    rounds_planned: int
+    """Rounds in which it had a part."""
+    rounds_seen: int
+    """Those of them whose end was seen."""
+    predicted_s: float | None
+    """Median, as the two below."""
+    actual_s: float | None
+    error: float | None
+    """|actual - predicted| by predicted."""
+
+
+def device_plans(job: pb.JobView) -> list[DevicePlan]:
+    """Predicted against actual for every device that a plan had a part for."""
+    parts: dict[str, list[pb.TaskPlan]] = {}
+    for task in (task for item in job.history for task in trained_by(item) if task.HasField("plan")):
+        parts.setdefault(task.device_name, []).append(task.plan)
+    found: list[DevicePlan] = []
+    for name, own in sorted(parts.items()):
+        seen = [part for part in own if part.HasField("actual_finish_s")]
+        found.append(
+            DevicePlan(
+                name,
+                len(own),
+                len(seen),
+                _median([part.predicted_finish_s for part in seen]),
+                _median([part.actual_finish_s for part in seen]),
+                _median([_error(part.predicted_finish_s, part.actual_finish_s) for part in seen]),
+            )
+        )
+    return found
+
+
+def round_errors(job: pb.JobView) -> list[float]:
+    """Of every planned round whose end was seen: |actual - predicted| by predicted."""
+    return [_error(item.plan.predicted_s, item.plan.actual_s) for item in job.history if item.plan.HasField("actual_s")]
+
+
+def _error(predicted_s: float, actual_s: float) -> float:
+    return abs(actual_s - predicted_s) / predicted_s if predicted_s > 0 else 0.0
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
 def report_json(job: pb.JobView) -> dict[str, Json]:
     """The job as it is, with the devices' shares and the failures beside."""
     shares: list[Json] = [dict(asdict(share)) for share in device_shares(job)]
@@ -83,7 +134,10 @@ def report_json(job: pb.JobView) -> dict[str, Json]:
         for task in item.tasks
         if problem_text(task)
     ]
-    return {**message_json(job), "devices": shares, "failures": failures}
+    document: dict[str, Json] = {**message_json(job), "devices": shares, "failures": failures}
+    if any(item.HasField("plan") for item in job.history):
+        document["plans"] = {"devices": [dict(asdict(one)) for one in device_plans(job)], "round_error": _median(round_errors(job))}
+    return document
 
 
 def _failure(task: pb.DeviceTask) -> dict[str, Json]:
@@ -99,6 +153,15 @@ def report(job: pb.JobView, *, now_unix_s: float, width: int) -> RenderableType:
     shares = device_shares(job)
     if shares:
         parts += [Text(), _shares_table(shares)]
+    planned = device_plans(job)
+    if planned:
+        parts += [Text(), _plans_table(planned)]
+        errors = round_errors(job)
+        if errors:
+            middle = statistics.median(errors)
+            parts.append(Text(f"rounds: training took {middle:.0%} more or less than predicted (median of {len(errors)})", style="dim"))
+        if reason := next((item.plan.reason for item in reversed(job.history) if item.plan.reason), ""):
+            parts.append(Text(reason, style="dim"))
     if job.tasks_since_round:
         note = f"what each device did is told from round {job.tasks_since_round} on; the job has more rounds than an answer holds in full"
         parts += [Text(note, style="dim")]
@@ -141,6 +204,23 @@ def _facts(job: pb.JobView, now_unix_s: float) -> RenderableType:
     if job.adapter_folder:
         grid.add_row("adapter", f"{job.adapter_folder}  (on the coordinator; `fleetune export {job.job_id} DIR` copies it)")
     return grid
+
+
+def _plans_table(plans: list[DevicePlan]) -> RenderableType:
+    heads = ("planned", "predicted", "took", "off by")
+    table = Table(
+        Column("device", no_wrap=True),
+        *(Column(head, justify="right", no_wrap=True) for head in heads),
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for item in plans:
+        times = [duration_text(value) if value is not None else "-" for value in (item.predicted_s, item.actual_s)]
+        error = f"{item.error:.0%}" if item.error is not None else "-"
+        table.add_row(item.device, count_text(item.rounds_planned, "round"), *times, error)
+    return table
 
 
 def _shares_table(shares: list[DeviceShare]) -> RenderableType:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleetune.coordinator import tlsfolder
+from fleetune.coordinator import statelock, tlsfolder
 from fleetune.coordinator.faults import MachineError, RefusedError
 from fleetune.coordinator.store import copies
 from fleetune.errors import ConfigError
@@ -26,6 +27,8 @@ class Rotated:
     """Hex SHA-256 of the DER of the root that signs now."""
     behind: tuple[str, ...]
     """Whose certificates are all from another root, as "agent NAME" or "operator NAME"."""
+    told: bool
+    """Whether a running coordinator was told to take it up; without that it does so when somebody connects next."""
 
 
 def begin(state_dir: Path) -> Rotated:
@@ -34,7 +37,8 @@ def begin(state_dir: Path) -> Rotated:
     _behind(state_dir, "")  # a database that cannot be asked later is better known now
     material = tlsfolder.rotate(folder, time.time())
     _note(state_dir, "ca rotate", material.authority.fingerprint, "")
-    return Rotated(material.authority.fingerprint, _behind(state_dir, material.authority.fingerprint))
+    told = _tell(state_dir)
+    return Rotated(material.authority.fingerprint, _behind(state_dir, material.authority.fingerprint), told)
 
 
 def finish(state_dir: Path, *, force: bool) -> Rotated:
@@ -48,7 +52,7 @@ def finish(state_dir: Path, *, force: bool) -> Rotated:
         )
     material = tlsfolder.finish(folder, time.time())
     _note(state_dir, "ca rotate --finish", material.authority.fingerprint, f"shut out: {', '.join(behind)}" if behind else "")
-    return Rotated(material.authority.fingerprint, behind)
+    return Rotated(material.authority.fingerprint, behind, _tell(state_dir))
 
 
 def _folder(state_dir: Path) -> Path:
@@ -59,6 +63,18 @@ def _folder(state_dir: Path) -> Path:
             "Name the coordinator's folder with --state-dir; `fleetune init` makes one.",
         )
     return tlsfolder.of(state_dir)
+
+
+def _tell(state_dir: Path) -> bool:
+    """Let the coordinator of this folder read its TLS files again, where one runs that may be signalled."""
+    owner = statelock.reloading_owner(state_dir)
+    if owner is None:
+        return False
+    try:
+        os.kill(owner, signal.SIGHUP)
+    except OSError:  # another user's, or it has ended since
+        return False
+    return True
 
 
 def _note(state_dir: Path, action: str, root: str, detail: str) -> None:

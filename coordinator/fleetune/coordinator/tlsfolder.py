@@ -124,13 +124,18 @@ def mend(folder: Path, now_unix_s: float) -> bool:
         # Devices that have not renewed yet know the old root alone.
         by = authority.load(_read_key(old_key), roots) if old_key.is_file() else signing
         key, chain = _read_key(folder / SERVER_KEY), _read(folder / SERVER_CERTIFICATE)
-        leaf = authority.certificates(chain)[0]
-        begin, end = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
         root = authority.signed_by_any(chain, authority.certificates(roots))
-        if root is not None and authority.fits(key, chain) and now_unix_s < begin + (end - begin) * RENEW_AFTER:
+        if root is not None and authority.fits(key, chain) and now_unix_s < renew_unix_s(chain):
             return False
         _write(folder / SERVER_CERTIFICATE, by.server_certificate(key, now_unix_s))
         return True
+
+
+def renew_unix_s(chain: bytes) -> float:
+    """When the server's certificate, the first of `chain`, is to be renewed."""
+    leaf = authority.certificates(chain)[0]
+    begin, end = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
+    return begin + (end - begin) * RENEW_AFTER
 
 
 def rotate(folder: Path, now_unix_s: float) -> Material:
@@ -181,19 +186,6 @@ def copy(state_dir: Path, target: Path) -> None:
                 (aside / name).unlink(missing_ok=True)
 
 
-def mark(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a file does; cheap enough for every second."""
-    found: list[tuple[int, int]] = []
-    for name in REQUIRED:
-        try:
-            status = (folder / name).stat()
-        except FileNotFoundError:
-            found.append((0, 0))
-        else:
-            found.append((status.st_mtime_ns, status.st_ino))
-    return tuple(found)
-
-
 def _address(folder: Path) -> str:
     try:
         return (folder / ADDRESS).read_text(encoding="ascii").strip()
@@ -238,18 +230,24 @@ def _write(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def read_whole(folder: Path, patience_s: float) -> Material:
+    """`read`, but not in the middle of somebody's writing: FolderInUseError where that takes longer than `patience_s`."""
+    with _locked(folder, patience_s, fcntl.LOCK_SH):
+        return read(folder)
+
+
 @contextlib.contextmanager
-def _locked(folder: Path, patience_s: float = 5.0) -> Generator[None]:
+def _locked(folder: Path, patience_s: float = 5.0, how: int = fcntl.LOCK_EX) -> Generator[None]:
     """One writer at a time: the coordinator renews its certificate, a person rotates the authority."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     raise FolderInUseError(f"{folder} is being changed by another process.", "Try again in a moment.") from None
                 time.sleep(0.02)
         yield

@@ -189,12 +189,18 @@ def _drawn(bucket: tuple[float, float], rate: float, now_s: float) -> tuple[floa
 def source(peer: str) -> str:
     """The part of a gRPC peer ("ipv4:192.0.2.1:4000") that one machine cannot change at will: no port, of IPv6 the network of 64 bits."""
     family, _, rest = peer.partition(":")
-    host = rest.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]").strip("[]").partition("%")[0]
-    try:
-        if family == "ipv6":
-            address = ipaddress.IPv6Address(host)
-            mapped = address.ipv4_mapped
-            return str(mapped) if mapped is not None else str(ipaddress.IPv6Network((address, 64), strict=False))
-        return str(ipaddress.IPv4Address(host))
-    except ValueError:
+    if family not in ("ipv4", "ipv6"):
         return family[:40]
+    return source_of_host(rest.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]").strip("[]")) or family
+
+
+def source_of_host(host: str) -> str:
+    """The same of a bare address; empty for what is none."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    mapped = address.ipv4_mapped
+    return str(mapped) if mapped is not None else str(ipaddress.IPv6Network((address, 64), strict=False))

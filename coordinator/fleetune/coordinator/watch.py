@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text
+from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text, rate_text
 from fleetune.coordinator.jsonview import enum_word, message_json
 from fleetune.v1 import control_pb2 as pb
 from fleetune.v1 import fleet_pb2, messages_pb2
@@ -29,6 +29,9 @@ WIDE = 100
 """From here on there is room for what is nice to have."""
 
 REFRESH_S = 0.25
+
+LATE = 1.15
+"""Times of the predicted end from which an end is shown as late."""
 
 _STATE_STYLES = {
     pb.JOB_STATE_QUEUED: "yellow",
@@ -44,6 +47,7 @@ _STATE_STYLES = {
 _ENDED = frozenset({pb.JOB_STATE_COMPLETED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
 
 _PHASES = {
+    pb.ROUND_PHASE_MEASURING: "measuring",
     pb.ROUND_PHASE_TRAINING: "training",
     pb.ROUND_PHASE_FOLDING: "folding",
     pb.ROUND_PHASE_EVALUATING: "evaluating",
@@ -94,8 +98,8 @@ def base_words(base: str) -> str:
 
 
 def trained_by(view: pb.RoundView) -> list[pb.DeviceTask]:
-    """The training tasks of a round; devices' evaluations are tasks of their own."""
-    return [task for task in view.tasks if task.kind != messages_pb2.TASK_KIND_EVALUATE]
+    """The training tasks of a round; what devices measure are tasks of their own."""
+    return [task for task in view.tasks if task.kind not in (messages_pb2.TASK_KIND_EVALUATE, messages_pb2.TASK_KIND_MEASURE)]
 
 
 def one_a_device(view: pb.RoundView) -> list[pb.DeviceTask]:
@@ -107,6 +111,8 @@ def one_a_device(view: pb.RoundView) -> list[pb.DeviceTask]:
             merged = pb.DeviceTask()
             merged.CopyFrom(task)
             merged.samples = trained.samples
+            if trained.HasField("plan"):
+                merged.plan.CopyFrom(trained.plan)
             if trained.HasField("loss"):
                 merged.loss = trained.loss
             latest[task.device_name] = merged
@@ -139,7 +145,9 @@ def render(job: pb.JobView, *, now_unix_s: float, width: int, height: int = 40, 
         parts.append(Text(job.message, style=state_style(job.state)))
     if notice:
         parts.append(Text(notice, style="yellow"))
-    if tasks:
+    if tasks and job.current.HasField("plan"):
+        parts += [Text(), _planned_devices(tasks, tasks_max, width, job), Text(plan_text(job.current.plan, job.blocks), style="dim")]
+    elif tasks:
         parts += [Text(), _devices(tasks, tasks_max, width)]
     parts += list(_problems(tasks))
     if job.history:
@@ -273,6 +281,89 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
         return table
     hidden = [task for task in tasks if not any(task is other for other in shown)]
     return Group(table, Text(f"and {len(hidden)} more: {_tally(hidden)}", style="dim"))
+
+
+def _planned_devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int, job: pb.JobView) -> RenderableType:
+    """As `_devices`, with who trains what, at which rate, and when it should be and was through."""
+    wide = width >= WIDE
+    columns = [
+        Column("device", width=15 if wide else 10, no_wrap=True, overflow="ellipsis"),
+        Column("doing", width=13, no_wrap=True, overflow="ellipsis"),
+    ]
+    columns += [Column("", width=8), Column("", no_wrap=True, width=14)] if wide else []
+    columns += [
+        Column("loss", justify="right", no_wrap=True, min_width=6),
+        Column("trains", no_wrap=True, min_width=8, max_width=15, overflow="ellipsis"),
+        Column("uplink", justify="right", no_wrap=True, min_width=6),
+        Column("plan", justify="right", no_wrap=True, min_width=6),
+        Column("took", justify="right", no_wrap=True, min_width=6),
+    ]
+    table = Table(*columns, box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    busy = [task for task in tasks if task.HasField("plan") or task.state == pb.DEVICE_TASK_STATE_ASSIGNED or problem_text(task)]
+    shown = busy if len(busy) <= rows_max else _most_telling(busy, rows_max - 1)
+    for task in shown:
+        doing, style = _doing(task)
+        cells: list[RenderableType] = [task.device_name, Text(doing, style=style)]
+        cells += [_task_bar(task, 8), Text(_amount(task), style="dim", overflow="ellipsis")] if wide else []
+        cells.append(loss_text(task.loss) if task.HasField("loss") else "-")
+        cells += _planned_cells(task, job)
+        table.add_row(*cells)
+    if len(shown) == len(busy):
+        return table
+    hidden = [task for task in busy if not any(task is other for other in shown)]
+    return Group(table, Text(f"and {len(hidden)} more: {_tally(hidden)}", style="dim"))
+
+
+def _planned_cells(task: pb.DeviceTask, job: pb.JobView) -> list[RenderableType]:
+    if not task.HasField("plan"):
+        return ["-", "-", "-", "-"]
+    own = task.plan
+    took = Text("-")
+    if own.HasField("actual_finish_s"):
+        late = own.actual_finish_s > LATE * own.predicted_finish_s
+        took = Text(duration_text(own.actual_finish_s), style="yellow" if late else "green")
+    return [
+        blocks_text(own.depths, job.blocks),
+        share_text(own, job.current.plan),
+        duration_text(own.predicted_finish_s),
+        took,
+    ]
+
+
+def plan_text(plan: pb.PlanView, blocks: Sequence[str]) -> str:
+    """A round's plan in a line: "plan: blocks (exact), 12.3 s predicted, 3 devices idle"."""
+    parts = [f"plan: {plan.layout} ({plan.solver})", f"{duration_text(plan.predicted_s)} predicted"]
+    if plan.HasField("actual_s"):
+        parts.append(f"took {duration_text(plan.actual_s)}")
+    if plan.idle_count:
+        parts.append(f"{count_text(plan.idle_count, 'device')} idle")
+    if plan.uncovered_depths:
+        parts.append(f"nobody can train {blocks_text(plan.uncovered_depths, blocks)}")
+    return ", ".join(parts)
+
+
+def blocks_text(depths: Sequence[int], names: Sequence[str]) -> str:
+    """Depths (from 1) by the names of their blocks: "layer.4", "head to layer.2", "layer.5-3", "all 7 blocks"."""
+    known = [names[depth - 1] if 0 < depth <= len(names) else f"depth {depth}" for depth in sorted(depths)]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        return known[0]
+    if len(known) == len(names):
+        return f"all {len(names)} blocks"
+    if max(depths) - min(depths) + 1 != len(known):
+        return f"{len(known)} blocks"
+    stem, _, number = known[-1].rpartition(".")
+    if stem and known[0].startswith(f"{stem}.") and number.isdigit():
+        return f"{known[0]}-{number}"
+    return f"{known[0]} to {known[-1]}"
+
+
+def share_text(own: pb.TaskPlan, plan: pb.PlanView) -> str:
+    """A device's part of the shared uplink: "23 % air", "5.2 Mbit/s", or "free" where nothing is shared."""
+    if plan.share_unit == "airtime":
+        return f"{own.share:.0%} air"
+    return rate_text(own.uplink_bits_per_s) if own.uplink_bits_per_s > 0 else "free"
 
 
 def _most_telling(tasks: Sequence[pb.DeviceTask], count: int) -> list[pb.DeviceTask]:
@@ -411,6 +502,7 @@ class Announcer:
         self._started = 0
         self._committed = 0
         self._initial = False
+        self._measured = 0
         self._problems: set[str] = set()
 
     def lines(self, job: pb.JobView) -> list[str]:
@@ -438,10 +530,29 @@ class Announcer:
     def _start(self, job: pb.JobView, current: pb.RoundView) -> list[str]:
         if current.round <= self._started:
             return []
-        self._started = current.round
         names = [task.device_name for task in sorted(trained_by(current), key=by_name)]
+        if not names:
+            return self._measuring(job, current)
+        self._started = current.round
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return [f"round {current.round}/{job.rounds_total} started on {count_text(len(names), 'device')}: {shown}"]
+        said = [f"round {current.round}/{job.rounds_total} started on {count_text(len(names), 'device')}: {shown}"]
+        if current.HasField("plan"):
+            parts = [
+                f"{task.device_name} {blocks_text(task.plan.depths, job.blocks)}"
+                for task in sorted(trained_by(current), key=by_name)
+                if task.HasField("plan")
+            ]
+            more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+            said.append(f"round {current.round}/{job.rounds_total} {plan_text(current.plan, job.blocks)}: {', '.join(parts[:8])}{more}")
+        return said
+
+    def _measuring(self, job: pb.JobView, current: pb.RoundView) -> list[str]:
+        """Before a round is planned."""
+        if self._measured == current.round:
+            return []
+        self._measured = current.round
+        asked = sum(task.kind == messages_pb2.TASK_KIND_MEASURE for task in current.tasks)
+        return [f"round {current.round}/{job.rounds_total}: {count_text(asked, 'device')} told to measure how fast they train"]
 
     def _trouble(self, view: pb.RoundView) -> list[str]:
         fresh = [text for task in view.tasks if (text := problem_text(task)) and f"{view.round} {text}" not in self._problems]
@@ -460,6 +571,8 @@ class Announcer:
             parts.append(_measures(job, item.metrics))
         parts += [f"up {bytes_text(item.upload_bytes)}", f"down {bytes_text(item.download_bytes)}"]
         parts.append(duration_text(item.ended_unix_s - item.started_unix_s))
+        if item.plan.HasField("actual_s"):
+            parts.append(f"training {duration_text(item.plan.actual_s)} of {duration_text(item.plan.predicted_s)} predicted")
         if job.HasField("remaining_s") and item.round == job.rounds_committed and job.state not in _ENDED:
             parts.append(f"about {duration_text(job.remaining_s)} left")
         return [*said, f"round {item.round}/{job.rounds_total} committed: " + ", ".join(parts)]

@@ -186,6 +186,9 @@ def _config_complaints(config: Mapping[str, object], recipe: Recipe) -> list[str
     complaints: list[str] = []
     if config.get("peft_type") != "LORA":
         complaints.append(f"its type is {config.get('peft_type')!r}, 'LORA' is needed")
+    if recipe.lora is None:
+        # Whole layers have no scale; whether they are those of the job is seen by their tensors.
+        return complaints
     for key, wanted in (("r", recipe.lora.rank), ("lora_alpha", recipe.lora.alpha)):
         if config.get(key) != wanted:
             complaints.append(f"its {key} is {config.get(key)!r}, the job's {wanted}")

@@ -225,14 +225,17 @@ def _padded(values: array[int] | None, length: int, filler: int) -> list[int]:
     return known + [filler] * (length - len(known))
 
 
-def endless_order(count: int, seed: str) -> Iterator[int]:
-    """Row numbers pass after pass, each pass in an order of its own; the same on every machine for the same seed."""
-    passed = 0
+def endless_order(count: int, seed: str, first: int = 0) -> Iterator[int]:
+    """Row numbers pass after pass, each pass in an order of its own; the same on every machine for the same seed.
+
+    `first` numbers are left out, as if they had been taken before.
+    """
+    passed, left_out = divmod(first, count)
     while True:
         order = list(range(count))
         random.Random(f"{seed}/{passed}").shuffle(order)
-        yield from order
-        passed += 1
+        yield from order[left_out:]
+        passed, left_out = passed + 1, 0
 
 
 def sample(count: int, wanted: int, seed: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""LoRA on a frozen base: which tensors are trained, under which names, and in which blocks of depth they lie."""
+"""LoRA on a frozen base, or whole layers of it: which tensors are trained, under which names, and in which blocks of depth they lie."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fleetune.errors import ModelError
 from fleetune.model import bases
 from fleetune.model.accelerator import Accelerator
 from fleetune.model.bases import LoadedBase, Model, Tokenizer
-from fleetune.model.recipe import CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, Recipe
+from fleetune.model.recipe import CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, Lora, Recipe
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -24,6 +24,8 @@ _PEFT_TASKS = {CLASSIFICATION: "SEQ_CLS", CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "S
 _TARGETABLE = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.(?:layers?|h|blocks?)\.(?P<index>\d+)\.")
 _EMBEDDING_WORDS = ("embed", ".wte.", ".wpe.", ".shared.")
+# PEFT's own word for it.
+_NO_TARGETS = "dummy-target-modules"
 _SHOWN_NAMES = 24
 
 
@@ -53,7 +55,7 @@ class AdaptedModel:
     @property
     def parameter_count(self) -> int:
         """All scalars, frozen and trained; a tensor that two modules share counts once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum({parameter.data_ptr(): parameter.numel() for parameter in self.model.parameters()}.values())
 
     @property
     def trainable_count(self) -> int:
@@ -75,24 +77,12 @@ def load(folder: Path, recipe: Recipe, accelerator: Accelerator, seed: int | Non
 
 
 def attach(base: LoadedBase, recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
-    """Adds the LoRA pairs and makes the head trainable, both in float32 whatever the base's type.
+    """Adds the LoRA pairs and makes the head trainable, both in float32 whatever the base's type; or the layers themselves, for a recipe
+    without LoRA.
 
     Raises ModelError for a target that the model does not have, with the names that it has.
     """
-    targeted = _targeted_modules(base.model, base.head, recipe)
-    inside_head = sorted(name for name in targeted if _is_inside(name, base.head))
-    outside = {name: module for name, module in targeted.items() if name not in inside_head}
-    config = peft.LoraConfig(
-        task_type=_PEFT_TASKS[recipe.model_task],
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number; only its annotation says int
-        lora_dropout=recipe.lora.dropout,
-        target_modules=sorted(_target_names(base.model, recipe)),
-        # Heads are trained whole; a LoRA pair inside one would train the same weights twice.
-        exclude_modules=inside_head or None,
-        modules_to_save=list(base.head) or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in outside.values()),
-    )
+    config = _lora_config(base, recipe, recipe.lora) if recipe.lora is not None else _layers_config(base, recipe)
     with warnings.catch_warnings():
         # Where Linear and Conv1D targets are mixed PEFT corrects fan_in_fan_out per layer and warns each time.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -103,18 +93,71 @@ def attach(base: LoadedBase, recipe: Recipe, accelerator: Accelerator) -> Adapte
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    if recipe.lora is None:
+        _forget_originals(model)
     _feed_heads_float32(model)
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        # Only the other kind of checkpointing needs inputs that require gradients; with them every block costs as much as the deepest.
+        model.disable_input_require_grads()
     return AdaptedModel(model, base.tokenizer, _registry(model), recipe, accelerator, base.public_name)
 
 
-def _target_names(model: Model, recipe: Recipe) -> tuple[str, ...]:
-    if recipe.lora.targets:
-        return recipe.lora.targets
+def _lora_config(base: LoadedBase, recipe: Recipe, wanted: Lora) -> peft.LoraConfig:
+    targeted = _targeted_modules(base.model, base.head, wanted)
+    inside_head = sorted(name for name in targeted if _is_inside(name, base.head))
+    outside = {name: module for name, module in targeted.items() if name not in inside_head}
+    return peft.LoraConfig(
+        task_type=_PEFT_TASKS[recipe.model_task],
+        r=wanted.rank,
+        lora_alpha=wanted.alpha,  # type: ignore[arg-type]  # PEFT scales by any number; only its annotation says int
+        lora_dropout=wanted.dropout,
+        target_modules=sorted(_target_names(base.model, wanted)),
+        # Heads are trained whole; a LoRA pair inside one would train the same weights twice.
+        exclude_modules=inside_head or None,
+        modules_to_save=list(base.head) or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in outside.values()),
+    )
+
+
+def _layers_config(base: LoadedBase, recipe: Recipe) -> peft.LoraConfig:
+    """Every layer as a module that PEFT trains and saves whole. PEFT has no adapter of such modules alone, but a LoRA without targets."""
+    layers = _layer_names(base.model, base.head)
+    if not layers:
+        raise ModelError(
+            f"The {base.model.config.model_type} model has no list of layers that is known here, so whole layers cannot be trained.",
+            'Set `trains = "lora"` in the job.',
+        )
+    return peft.LoraConfig(
+        task_type=_PEFT_TASKS[recipe.model_task], target_modules=_NO_TARGETS, modules_to_save=[*layers, *base.head], inference_mode=False
+    )
+
+
+def _layer_names(model: Model, head: tuple[str, ...]) -> list[str]:
+    """Full names of the outermost numbered layers, as `blocks` tells them apart."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        match = _BLOCK.match(f"{name}.")
+        whole = match is not None and match.end() == len(name) + 1
+        if whole and any(True for _ in module.parameters()) and not _is_inside(name, head):
+            found.append(name)
+    return found
+
+
+def _forget_originals(model: Model) -> None:
+    """PEFT keeps the layers as they were beside those that it trains; here both are one, or a device would need room for the base twice."""
+    for module in model.modules():
+        if isinstance(module, peft.utils.other.ModulesToSaveWrapper):
+            trained = dict(module.modules_to_save[ADAPTER].named_parameters())
+            for name, original in module.original_module.named_parameters():
+                original.data = trained[name].data
+
+
+def _target_names(model: Model, wanted: Lora) -> tuple[str, ...]:
+    if wanted.targets:
+        return wanted.targets
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 
     usual = USUAL_TARGETS.get(model.config.model_type)
@@ -127,12 +170,12 @@ def _target_names(model: Model, recipe: Recipe) -> tuple[str, ...]:
     return tuple(usual)
 
 
-def _targeted_modules(model: Model, head: tuple[str, ...], recipe: Recipe) -> Mapping[str, torch.nn.Module]:
+def _targeted_modules(model: Model, head: tuple[str, ...], wanted: Lora) -> Mapping[str, torch.nn.Module]:
     """Full names of the modules that get a LoRA pair. A target matches a whole name or its ending after a dot, as in PEFT."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _TARGETABLE)}
     found: dict[str, torch.nn.Module] = {}
     wrong: list[str] = []
-    for target in _target_names(model, recipe):
+    for target in _target_names(model, wanted):
         matches = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
         if not any(not _is_inside(name, head) for name in matches):
             wrong.append(target)

@@ -65,7 +65,8 @@ class Recipe:
 
     model_task: str
     labels: tuple[str, ...]
-    lora: Lora
+    lora: Lora | None
+    """None: whole layers are trained, in their own weights."""
     data: DataContract
     dtype: str
     gradient_checkpointing: bool
@@ -94,6 +95,12 @@ def from_proto(message: messages_pb2.Recipe) -> Recipe:
     dtype = message.dtype or "auto"
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}.", "Correct `dtype` in the job.")
+    if not message.HasField("lora"):
+        if dtype not in ("auto", "float32"):
+            raise ModelError(
+                f"dtype {dtype!r} cannot be used where whole layers are trained; allowed: float32.", "Correct `dtype` in the job."
+            )
+        dtype = "float32"
     data = message.data
     max_length = int(data.max_length) or DEFAULT_MAX_LENGTH_TOKENS
     side = data.truncation or "right"
@@ -102,7 +109,7 @@ def from_proto(message: messages_pb2.Recipe) -> Recipe:
     return Recipe(
         model_task=model_task,
         labels=labels,
-        lora=_lora(message.lora),
+        lora=_lora(message.lora) if message.HasField("lora") else None,
         data=DataContract(
             name=data.name,
             columns=_columns(data.columns, model_task),

@@ -67,6 +67,8 @@ class _RoundPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundPhase
     ROUND_PHASE_FOLDING: _RoundPhase.ValueType  # 2
     ROUND_PHASE_EVALUATING: _RoundPhase.ValueType  # 3
     ROUND_PHASE_COMMITTED: _RoundPhase.ValueType  # 4
+    ROUND_PHASE_MEASURING: _RoundPhase.ValueType  # 5
+    """Devices tell how fast they train, then the round is planned; only with methods that plan."""
 
 class RoundPhase(_RoundPhase, metaclass=_RoundPhaseEnumTypeWrapper): ...
 
@@ -75,6 +77,8 @@ ROUND_PHASE_TRAINING: RoundPhase.ValueType  # 1
 ROUND_PHASE_FOLDING: RoundPhase.ValueType  # 2
 ROUND_PHASE_EVALUATING: RoundPhase.ValueType  # 3
 ROUND_PHASE_COMMITTED: RoundPhase.ValueType  # 4
+ROUND_PHASE_MEASURING: RoundPhase.ValueType  # 5
+"""Devices tell how fast they train, then the round is planned; only with methods that plan."""
 Global___RoundPhase: _TypeAlias = RoundPhase  # noqa: Y015
 
 class _DeviceTaskState:
@@ -284,6 +288,7 @@ class DeviceTask(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ONLINE_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     device_name: _builtins.str
     kind: _messages_pb2.TaskKind.ValueType
     state: Global___DeviceTaskState.ValueType
@@ -295,6 +300,10 @@ class DeviceTask(_message.Message):
     online: _builtins.bool
     @_builtins.property
     def failure(self) -> _messages_pb2.Failure: ...
+    @_builtins.property
+    def plan(self) -> Global___TaskPlan:
+        """What the round's plan says of it and what came of it; absent without a plan."""
+
     def __init__(
         self,
         *,
@@ -308,16 +317,179 @@ class DeviceTask(_message.Message):
         samples: _builtins.int = ...,
         failure: _messages_pb2.Failure | None = ...,
         online: _builtins.bool = ...,
+        plan: Global___TaskPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "failure", b"failure", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "failure", b"failure", "loss", b"loss", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device_name", b"device_name", "done", b"done", "failure", b"failure", "kind", b"kind", "loss", b"loss", "online", b"online", "samples", b"samples", "stage", b"stage", "state", b"state", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device_name", b"device_name", "done", b"done", "failure", b"failure", "kind", b"kind", "loss", b"loss", "online", b"online", "plan", b"plan", "samples", b"samples", "stage", b"stage", "state", b"state", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___DeviceTask: _TypeAlias = DeviceTask  # noqa: Y015
+
+@_typing.final
+class TaskPlan(_message.Message):
+    """One device's part of a planned round. Times are seconds from the beginning of the round's training."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPTHS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    UPLINK_BITS_PER_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_READY_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_FINISH_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_READY_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_FINISH_S_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Of the shared resource, in its own units: bit/s, or a part of the airtime."""
+    uplink_bits_per_s: _builtins.float
+    """The rate of its upload by the plan; 0: no bound."""
+    predicted_ready_s: _builtins.float
+    """When its upload was to begin, and to be through."""
+    predicted_finish_s: _builtins.float
+    actual_ready_s: _builtins.float
+    """When they did; absent before that, and where a restart of the coordinator has cut the measuring."""
+    actual_finish_s: _builtins.float
+    @_builtins.property
+    def depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Depths trained, counted from the loss: 1 is next to it."""
+
+    def __init__(
+        self,
+        *,
+        depths: _abc.Iterable[_builtins.int] | None = ...,
+        share: _builtins.float = ...,
+        uplink_bits_per_s: _builtins.float = ...,
+        predicted_ready_s: _builtins.float = ...,
+        predicted_finish_s: _builtins.float = ...,
+        actual_ready_s: _builtins.float | None = ...,
+        actual_finish_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_finish_s", b"_actual_finish_s", "_actual_ready_s", b"_actual_ready_s", "actual_finish_s", b"actual_finish_s", "actual_ready_s", b"actual_ready_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_finish_s", b"_actual_finish_s", "_actual_ready_s", b"_actual_ready_s", "actual_finish_s", b"actual_finish_s", "actual_ready_s", b"actual_ready_s", "depths", b"depths", "predicted_finish_s", b"predicted_finish_s", "predicted_ready_s", b"predicted_ready_s", "share", b"share", "uplink_bits_per_s", b"uplink_bits_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual_finish_s: _TypeAlias = _typing.Literal["actual_finish_s"]  # noqa: Y015
+    _WhichOneofArgType__actual_finish_s: _TypeAlias = _typing.Literal["_actual_finish_s", b"_actual_finish_s"]  # noqa: Y015
+    _WhichOneofReturnType__actual_ready_s: _TypeAlias = _typing.Literal["actual_ready_s"]  # noqa: Y015
+    _WhichOneofArgType__actual_ready_s: _TypeAlias = _typing.Literal["_actual_ready_s", b"_actual_ready_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_finish_s) -> _WhichOneofReturnType__actual_finish_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_ready_s) -> _WhichOneofReturnType__actual_ready_s | None: ...
+
+Global___TaskPlan: _TypeAlias = TaskPlan  # noqa: Y015
+
+@_typing.final
+class PlanView(_message.Message):
+    """Who trains what in a round was decided before its training; the parts stand with the devices' tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    SOLVER_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_S_FIELD_NUMBER: _builtins.int
+    LOWER_BOUND_S_FIELD_NUMBER: _builtins.int
+    UNCOVERED_DEPTHS_FIELD_NUMBER: _builtins.int
+    IDLE_DEVICES_FIELD_NUMBER: _builtins.int
+    IDLE_COUNT_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SHARE_UNIT_FIELD_NUMBER: _builtins.int
+    TRAINING_SINCE_UNIX_S_FIELD_NUMBER: _builtins.int
+    layout: _builtins.str
+    """"blocks", "depth", "data-parallel" or "single"."""
+    solver: _builtins.str
+    predicted_s: _builtins.float
+    """Seconds from the beginning of the training to the last upload's end."""
+    actual_s: _builtins.float
+    """The same as it was; absent before the last upload's end."""
+    lower_bound_s: _builtins.float
+    """No plan of the same layout takes less; absent where nothing is proven."""
+    idle_count: _builtins.int
+    reason: _builtins.str
+    """Why this layout; empty where the job names it."""
+    share_unit: _builtins.str
+    """"bit/s" or "airtime": what shares are counted in; empty where uploads share nothing."""
+    training_since_unix_s: _builtins.float
+    @_builtins.property
+    def uncovered_depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Depths that nobody could train."""
+
+    @_builtins.property
+    def idle_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that could have taken a part and have none: the first of them by name, and how many there are."""
+
+    @_builtins.property
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
+        """With layout auto: every layout that was compared."""
+
+    def __init__(
+        self,
+        *,
+        layout: _builtins.str = ...,
+        solver: _builtins.str = ...,
+        predicted_s: _builtins.float = ...,
+        actual_s: _builtins.float | None = ...,
+        lower_bound_s: _builtins.float | None = ...,
+        uncovered_depths: _abc.Iterable[_builtins.int] | None = ...,
+        idle_devices: _abc.Iterable[_builtins.str] | None = ...,
+        idle_count: _builtins.int = ...,
+        predictions: _abc.Iterable[Global___Prediction] | None = ...,
+        reason: _builtins.str = ...,
+        share_unit: _builtins.str = ...,
+        training_since_unix_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s", "_lower_bound_s", b"_lower_bound_s", "actual_s", b"actual_s", "lower_bound_s", b"lower_bound_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s", "_lower_bound_s", b"_lower_bound_s", "actual_s", b"actual_s", "idle_count", b"idle_count", "idle_devices", b"idle_devices", "layout", b"layout", "lower_bound_s", b"lower_bound_s", "predicted_s", b"predicted_s", "predictions", b"predictions", "reason", b"reason", "share_unit", b"share_unit", "solver", b"solver", "training_since_unix_s", b"training_since_unix_s", "uncovered_depths", b"uncovered_depths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual_s: _TypeAlias = _typing.Literal["actual_s"]  # noqa: Y015
+    _WhichOneofArgType__actual_s: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s"]  # noqa: Y015
+    _WhichOneofReturnType__lower_bound_s: _TypeAlias = _typing.Literal["lower_bound_s"]  # noqa: Y015
+    _WhichOneofArgType__lower_bound_s: _TypeAlias = _typing.Literal["_lower_bound_s", b"_lower_bound_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_s) -> _WhichOneofReturnType__actual_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lower_bound_s) -> _WhichOneofReturnType__lower_bound_s | None: ...
+
+Global___PlanView: _TypeAlias = PlanView  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    ROUND_S_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_FULL_GRADIENT_ROW_FIELD_NUMBER: _builtins.int
+    layout: _builtins.str
+    round_s: _builtins.float
+    """Absent where the fleet cannot run it."""
+    seconds_per_full_gradient_row: _builtins.float
+    def __init__(
+        self,
+        *,
+        layout: _builtins.str = ...,
+        round_s: _builtins.float | None = ...,
+        seconds_per_full_gradient_row: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round_s", b"_round_s", "_seconds_per_full_gradient_row", b"_seconds_per_full_gradient_row", "round_s", b"round_s", "seconds_per_full_gradient_row", b"seconds_per_full_gradient_row"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round_s", b"_round_s", "_seconds_per_full_gradient_row", b"_seconds_per_full_gradient_row", "layout", b"layout", "round_s", b"round_s", "seconds_per_full_gradient_row", b"seconds_per_full_gradient_row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round_s: _TypeAlias = _typing.Literal["round_s"]  # noqa: Y015
+    _WhichOneofArgType__round_s: _TypeAlias = _typing.Literal["_round_s", b"_round_s"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_per_full_gradient_row: _TypeAlias = _typing.Literal["seconds_per_full_gradient_row"]  # noqa: Y015
+    _WhichOneofArgType__seconds_per_full_gradient_row: _TypeAlias = _typing.Literal["_seconds_per_full_gradient_row", b"_seconds_per_full_gradient_row"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_s) -> _WhichOneofReturnType__round_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_per_full_gradient_row) -> _WhichOneofReturnType__seconds_per_full_gradient_row | None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
 @_typing.final
 class RoundView(_message.Message):
@@ -336,6 +508,7 @@ class RoundView(_message.Message):
     UPDATES_FOLDED_FIELD_NUMBER: _builtins.int
     UPDATES_LATE_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     phase: Global___RoundPhase.ValueType
     started_unix_s: _builtins.float
@@ -354,6 +527,10 @@ class RoundView(_message.Message):
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.Metric]:
         """Means over devices by rows, or the coordinator's held-out set's."""
 
+    @_builtins.property
+    def plan(self) -> Global___PlanView:
+        """Absent before the round is planned, and in jobs that do not plan."""
+
     def __init__(
         self,
         *,
@@ -370,10 +547,11 @@ class RoundView(_message.Message):
         updates_folded: _builtins.int = ...,
         updates_late: _builtins.int = ...,
         adapter_digest: _builtins.str = ...,
+        plan: Global___PlanView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "train_loss", b"train_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "plan", b"plan", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_digest", b"adapter_digest", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "evaluation_rows", b"evaluation_rows", "metrics", b"metrics", "phase", b"phase", "round", b"round", "started_unix_s", b"started_unix_s", "tasks", b"tasks", "train_loss", b"train_loss", "updates_folded", b"updates_folded", "updates_late", b"updates_late", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_digest", b"adapter_digest", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "evaluation_rows", b"evaluation_rows", "metrics", b"metrics", "phase", b"phase", "plan", b"plan", "round", b"round", "started_unix_s", b"started_unix_s", "tasks", b"tasks", "train_loss", b"train_loss", "updates_folded", b"updates_folded", "updates_late", b"updates_late", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
     _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015
@@ -411,6 +589,7 @@ class JobView(_message.Message):
     JOB_TOML_FIELD_NUMBER: _builtins.int
     DEVICES_MINIMUM_FIELD_NUMBER: _builtins.int
     TASKS_SINCE_ROUND_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     state: Global___JobState.ValueType
@@ -453,6 +632,10 @@ class JobView(_message.Message):
     def failure(self) -> _messages_pb2.Failure:
         """The failure that ended a failed job."""
 
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the model's blocks by depth, the first next to the loss; only in jobs that plan."""
+
     def __init__(
         self,
         *,
@@ -482,10 +665,11 @@ class JobView(_message.Message):
         job_toml: _builtins.str = ...,
         devices_minimum: _builtins.int = ...,
         tasks_since_round: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "current", b"current", "failure", b"failure", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "tasks_since_round", b"tasks_since_round", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "blocks", b"blocks", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "tasks_since_round", b"tasks_since_round", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_s: _TypeAlias = _typing.Literal["remaining_s"]  # noqa: Y015
     _WhichOneofArgType__remaining_s: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s"]  # noqa: Y015
@@ -497,12 +681,21 @@ Global___JobView: _TypeAlias = JobView  # noqa: Y015
 class ListJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most so many; fewer may come. 0: as many as an answer holds."""
+    page_token: _builtins.str
+    """Of the answer before; empty: the newest jobs."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -513,16 +706,22 @@ class ListJobsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the jobs submitted before these; empty: there are none. With a token that no answer had: INVALID_ARGUMENT."""
     @_builtins.property
-    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobView]: ...
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobView]:
+        """The oldest first."""
+
     def __init__(
         self,
         *,
         jobs: _abc.Iterable[Global___JobView] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -751,6 +950,9 @@ class DeviceView(_message.Message):
     QUARANTINE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    FIGURES_JOB_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     online: _builtins.bool
@@ -768,6 +970,8 @@ class DeviceView(_message.Message):
     """When its newest certificate ends; 0: it has none."""
     revoked: _builtins.bool
     """None of its certificates is taken any more."""
+    figures_job_id: _builtins.str
+    """The job of `figures`."""
     @_builtins.property
     def availability(self) -> _fleet_pb2.Availability: ...
     @_builtins.property
@@ -784,6 +988,14 @@ class DeviceView(_message.Message):
 
     @_builtins.property
     def validation_data_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def link(self) -> _messages_pb2.Link:
+        """Absent where nothing is known of it."""
+
+    @_builtins.property
+    def figures(self) -> _messages_pb2.Figures:
+        """What it costs this device to train on the model of the newest job that has asked; absent where none has."""
+
     def __init__(
         self,
         *,
@@ -807,10 +1019,13 @@ class DeviceView(_message.Message):
         quarantine: _builtins.str = ...,
         certificate_until_unix_s: _builtins.float = ...,
         revoked: _builtins.bool = ...,
+        link: _messages_pb2.Link | None = ...,
+        figures: _messages_pb2.Figures | None = ...,
+        figures_job_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "profile", b"profile", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "figures", b"figures", "link", b"link", "profile", b"profile", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "certificate_until_unix_s", b"certificate_until_unix_s", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "name", b"name", "online", b"online", "profile", b"profile", "quarantine", b"quarantine", "revoked", b"revoked", "tags", b"tags", "task_id", b"task_id", "telemetry", b"telemetry", "train_data_names", b"train_data_names", "updates_accepted", b"updates_accepted", "validation_data_names", b"validation_data_names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "certificate_until_unix_s", b"certificate_until_unix_s", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "figures", b"figures", "figures_job_id", b"figures_job_id", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "link", b"link", "name", b"name", "online", b"online", "profile", b"profile", "quarantine", b"quarantine", "revoked", b"revoked", "tags", b"tags", "task_id", b"task_id", "telemetry", b"telemetry", "train_data_names", b"train_data_names", "updates_accepted", b"updates_accepted", "validation_data_names", b"validation_data_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

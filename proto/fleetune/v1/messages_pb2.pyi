@@ -366,7 +366,9 @@ class Recipe(_message.Message):
         """The job's label list in id order; a device may lack classes."""
 
     @_builtins.property
-    def lora(self) -> Global___Lora: ...
+    def lora(self) -> Global___Lora:
+        """Absent where whole layers are trained, in their own weights."""
+
     @_builtins.property
     def data(self) -> Global___DataContract: ...
     def __init__(

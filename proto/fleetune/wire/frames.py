@@ -97,6 +97,7 @@ class BlobHandlers(Protocol):
     def Download(self, request: blob_pb2.DownloadRequest, context: Any, /) -> Awaitable[None]: ...  # Any: generic in both messages
     def UploadStatus(self, request: blob_pb2.UploadStatusRequest, context: Any, /) -> Awaitable[blob_pb2.UploadStatusResponse]: ...
     def Upload(self, request_iterator: Any, context: Any, /) -> Awaitable[blob_pb2.UploadResponse]: ...
+    def Probe(self, request_iterator: Any, context: Any, /) -> Awaitable[blob_pb2.ProbeResponse]: ...
 
 
 def add_to_server(handlers: BlobHandlers, server: grpc.aio.Server) -> None:
@@ -112,6 +113,11 @@ def add_to_server(handlers: BlobHandlers, server: grpc.aio.Server) -> None:
         ),
         "Upload": grpc.stream_unary_rpc_method_handler(
             handlers.Upload, request_deserializer=decode_upload, response_serializer=blob_pb2.UploadResponse.SerializeToString
+        ),
+        "Probe": grpc.stream_unary_rpc_method_handler(
+            handlers.Probe,
+            request_deserializer=blob_pb2.ProbeRequest.FromString,
+            response_serializer=blob_pb2.ProbeResponse.SerializeToString,
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from fleetune.agent.trainer import measure
+from fleetune.agent.trainer import data, measure
+from fleetune.methods.v1 import deft_pb2
 from fleetune.v1 import messages_pb2
 from support.adapted import quiet
 from support.child_client import ChildClient
-from support.jobs import recipe_message
+from support.jobs import recipe_message, task_message
 
 CHILD = "fleetune.agent.trainer"
 
@@ -89,6 +90,35 @@ def test_the_child_answers_the_request_and_tells_its_progress(bert: Path) -> Non
         stages = {event["stage"] for event in child.events if event["event"] == "progress"}
     assert answer["result"]["model"]["batch_rows"] == 2
     assert stages == {"matmul", "loading", "measuring"}
+
+
+def test_a_tasks_model_is_the_one_that_training_keeps_warm(bert: Path) -> None:
+    task = task_message("deft", deft_pb2.DeftTask(depth_count=3), recipe_message())
+    fields = {"base_folder": str(bert), "task": base64.b64encode(task.SerializeToString()).decode(), "batch_rows": 2, "timed_steps": 2}
+    answer: Any = measure.measure({**fields, "without_moments": True, "limits": {"threads": 1, "accelerator": "cpu"}}, quiet)
+    session = data.session(task, bert, "cpu", 1, quiet)
+    assert session.loaded_bytes > 0
+    assert [block["name"] for block in answer["model"]["blocks"]] == ["head", "layer.1", "layer.0"]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in session.adapted.parameters)
+
+
+def test_no_step_is_tried_that_may_take_more_than_there_is_room(bert: Path) -> None:
+    roomy = model_of(bert, recipe_message(), batch_rows=8)["model"]
+    tight = model_of(bert, recipe_message(), batch_rows=8, room_bytes=1)["model"]
+    assert {point["run_rows"] for point in roomy["points"]} == {8}
+    assert {point["run_rows"] for point in tight["points"]} == {1}
+    # Times and sizes are of the whole batch all the same.
+    assert tight["batch_rows"] == 8
+    assert tight["points"][2]["saved_bytes"] == pytest.approx(roomy["points"][2]["saved_bytes"], rel=0.05)
+    assert tight["step_bytes_source"] == "accounted"
+    assert tight["loaded_bytes"] + tight["step_bytes"][0] > 1
+
+
+def test_gradients_alone_take_less_than_an_optimiser(bert: Path) -> None:
+    with_moments = model_of(bert, recipe_message(), depths=[3])["model"]["points"][0]["accounted_bytes"]
+    without = model_of(bert, recipe_message(), depths=[3], without_moments=True)["model"]
+    trained = sum(block["size_bytes"] for block in without["blocks"])
+    assert with_moments - without["points"][0]["accounted_bytes"] == 2 * trained
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from fleetune.coordinator.rounds import machine as m
 from fleetune.coordinator.rounds import normbound
 from fleetune.coordinator.store import records
 from support.machines import Desk, blob
+from support.planned_machines import PlanDesk
 
 
 def send(desk: Desk, name: str, norm: float, kind: UpdateKind = "delta") -> bool:
@@ -100,3 +101,34 @@ def test_a_restart_keeps_the_bound_and_the_offences() -> None:
     assert again.offences == {"id-a": 1}
     assert again.round is not None
     assert again.round.norm_limit == 10.0
+
+
+# --- planned rounds
+
+
+def planned(desk: PlanDesk, norms: dict[tuple[int, ...], float], kind: UpdateKind) -> list[tuple[int, ...]]:
+    """A whole round whose updates have these norms by their blocks; the blocks of those that were refused."""
+    refused: list[tuple[int, ...]] = []
+    for name, depths in desk.training("a", "b", "c").items():
+        update = Update(blob(f"{name} {depths}"), 1, norm=norms[depths], kind=kind)
+        objection = desk.machine.objection(update, f"id-{name}")
+        desk.do(m.UpdateArrived(desk.task(name), update) if objection is None else m.TaskFailed(desk.task(name), objection))
+        refused += [] if objection is None else [depths]
+    desk.fold()
+    return refused
+
+
+def test_blocks_of_a_planned_round_are_held_to_their_own_norms() -> None:
+    desk = PlanDesk(update_norm_bound=10.0)
+    assert planned(desk, {(1,): 1000.0, (2,): 1.0, (3,): 0.01}, "delta") == []
+    assert planned(desk, {(1,): 2000.0, (2,): 2.0, (3,): 0.02}, "delta") == []
+    assert planned(desk, {(1,): 1000.0, (2,): 1000.0, (3,): 0.01}, "delta") == [(2,)]
+    assert desk.machine.block_norms == {"1": [[1000.0], [2000.0], [1000.0]], "2": [[1.0], [2.0]], "3": [[0.01], [0.02], [0.01]]}
+    assert desk.machine.norms == []
+    assert records.load_machine(records.dump_machine(desk.machine)) == desk.machine
+
+
+def test_gradients_are_held_to_none() -> None:
+    desk = PlanDesk(update_norm_bound=10.0)
+    assert planned(desk, {(1,): 1.0, (2,): 1.0, (3,): 1.0}, "gradient") == []
+    assert planned(desk, {(1,): 1e6, (2,): 1.0, (3,): 1e-9}, "gradient") == []

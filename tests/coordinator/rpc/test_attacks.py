@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 import pytest_asyncio
 from blake3 import blake3
@@ -28,6 +29,7 @@ from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rpc import limits, permissions
 from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, fleet_pb2_grpc, messages_pb2, registry_pb2
 from fleetune.wire import frames
+from fleetune.wire.identity import SERVER_NAME
 from support.certificates import Authority, Pair
 from support.coordinating import echo_job
 from support.echo_agent import EchoAgent, chunks
@@ -35,6 +37,7 @@ from support.guarded import Guarded, guarding
 
 Status = grpc.StatusCode
 WAIT_S = 20.0
+BOMB_BYTES = 64 << 20
 BROKEN_WRITE = Status.INTERNAL
 """What gRPC's client tells of itself where it writes on while the other end has ended the stream; its status is lost then."""
 
@@ -114,7 +117,7 @@ async def test_a_certificate_that_is_not_good_gets_through_no_handshake(
 async def test_plaintext_on_the_tls_port_is_refused(place: Guarded) -> None:
     opened: Any = grpc.aio.insecure_channel(place.address)
     async with opened as channel:
-        assert await code_of(channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5)) == Status.UNAVAILABLE
+        assert await code_of(channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=WAIT_S)) == Status.UNAVAILABLE
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
@@ -543,6 +546,26 @@ async def test_an_honest_device_is_served_through_every_kind_of_flood_and_nothin
             await asyncio.sleep(0.01)
         assert descriptors() <= before + 2
         assert place.running.gate.open_calls() == 1  # the honest device's session
+
+
+async def test_a_bomb_of_zeros_and_a_flood_of_metadata_are_refused_before_they_take_memory(place: Guarded) -> None:
+    pair = await place.enrol("ann", role=Role.ADMIN)
+    method = "/fleetune.v1.ControlService/ValidateJob"
+    process = psutil.Process()
+    small = place.open(pair).unary_unary(method)
+    assert await code_of(small(b"", timeout=WAIT_S)) == Status.OK
+    before = process.memory_info().rss
+    credentials = grpc.ssl_channel_credentials(place.authority.root, pair.key, pair.certificate)
+    options = [("grpc.ssl_target_name_override", SERVER_NAME), ("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0)]
+    zeros = bytes(BOMB_BYTES)  # 64 KiB on the wire
+    async with grpc.aio.secure_channel(place.address, credentials, options=options) as opened:
+        raw: Any = opened.unary_unary(method)  # Any: raw calls have no types
+        assert await code_of(raw(zeros, timeout=WAIT_S, compression=grpc.Compression.Gzip)) == Status.RESOURCE_EXHAUSTED
+    # This process holds the zeros, and is the client, too.
+    assert process.memory_info().rss - before < 3 * BOMB_BYTES
+    for metadata in ([("x", "y" * 40_000)], [(f"x{number}", "y" * 100) for number in range(400)]):
+        assert await code_of(small(b"", metadata=metadata, timeout=WAIT_S)) == Status.RESOURCE_EXHAUSTED
+    assert await code_of(small(b"", timeout=WAIT_S)) == Status.OK
 
 
 async def test_more_connections_than_the_process_can_hold_are_not_taken_and_those_that_are_there_go_on(

@@ -20,6 +20,7 @@ from fleetune.coordinator.rounds.host import HostError
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DurabilityError
+from fleetune.supervisor import Supervisor
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import digests
 from support.coordinating import WAIT_S, Coordinator, committed, coordinating, echo_job, settings
@@ -288,7 +289,7 @@ async def test_garbage_is_collected_by_the_operators_call(tmp_path: Path) -> Non
 
 
 async def _serving(state_dir: Path) -> tuple[asyncio.Task[int], str]:
-    serving = asyncio.create_task(daemon._serve(settings(state_dir, drain_grace_s=5.0)))
+    serving = asyncio.create_task(daemon._serve(settings(state_dir, drain_grace_s=5.0), Supervisor()))
     for _ in range(1000):
         if (state_dir / "address").exists():
             break

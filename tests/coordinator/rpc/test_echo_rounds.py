@@ -35,6 +35,8 @@ async def test_two_devices_add_their_constants_exactly(tmp_path: Path) -> None:
             assert job.machine.status == "completed", job.machine.message
             # 1 of weight 1 and 2 of weight 3: 1.75 a round.
             assert np.array_equal(np.unique(values(result(coordinator, job.job_id, 3))), [5.25])
+            await a.answered(3)
+            await b.answered(3)
             assert [status for _, status in a.done + b.done] == [ACCEPTED] * 6
         assert coordinator.spooled() == []
         kept = {entry.state.digest for entry in job.history if entry.state}
@@ -89,7 +91,7 @@ async def test_every_order_of_arrival_gives_the_same_bytes(tmp_path: Path) -> No
 
 
 async def test_a_round_closes_without_a_device_that_died_and_the_next_has_it_again(tmp_path: Path) -> None:
-    async with coordinating(tmp_path, lease_s=0.4, heartbeat_s=0.1) as coordinator:
+    async with coordinating(tmp_path, lease_s=1.5, heartbeat_s=0.1) as coordinator:
         a, b = EchoAgent(coordinator.address, "a"), EchoAgent(coordinator.address, "b")
         (await a.connect()).serve()
         await b.connect()
@@ -271,6 +273,7 @@ async def test_queued_jobs_run_one_after_the_other(tmp_path: Path) -> None:
         await coordinator.ended(first)
         assert second.machine.committed == 0
         await coordinator.ended(second)
+        await a.answered(4)
         assert [task_id.split("-")[0] for task_id, _ in a.done] == ["one", "one", "two", "two"]
         assert len(coordinator.blobs()) == 2, "both jobs come to the same bytes, which are stored once"
 

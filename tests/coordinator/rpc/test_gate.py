@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -53,6 +53,7 @@ class Blobs:
     def __init__(self) -> None:
         self.arrived = asyncio.Event()
         self.writing = asyncio.Event()
+        self.about_to_write: Callable[[], object] = object
 
     async def Upload(self, request_iterator: Any, context: Any) -> blob_pb2.UploadResponse:
         while (await context.read()) is not grpc.aio.EOF:
@@ -62,8 +63,12 @@ class Blobs:
     async def UploadStatus(self, request: blob_pb2.UploadStatusRequest, context: Any) -> blob_pb2.UploadStatusResponse:
         return blob_pb2.UploadStatusResponse(offset=len(request.task_id))
 
+    async def Probe(self, request_iterator: Any, context: Any) -> blob_pb2.ProbeResponse:
+        return blob_pb2.ProbeResponse()
+
     async def Download(self, request: blob_pb2.DownloadRequest, context: Any) -> None:
         while True:
+            self.about_to_write()
             await context.write(frames.encode_download(frames.Download(frames.chunk_of(0, bytes(1000)), 0)))
             self.writing.set()
             await asyncio.sleep(0)
@@ -79,7 +84,11 @@ class Control(control_pb2_grpc.ControlServiceServicer):
         gate.refuse("it is a test")
         return control_pb2.ListAuditResponse()
 
+    def __init__(self) -> None:
+        self.about_to_write: Callable[[], object] = object
+
     async def WatchJob(self, request: control_pb2.WatchJobRequest, context: Any) -> AsyncIterator[control_pb2.WatchJobResponse]:
+        self.about_to_write()
         yield control_pb2.WatchJobResponse()
         await asyncio.Event().wait()
 
@@ -93,6 +102,7 @@ class Place:
         """Name -> why the caller does not stand."""
         self.wall_s = 0.0
         self.fleet, self.blobs = Fleet(), Blobs()
+        self.control = Control()  # type: ignore[abstract]  # that is what is tested
         import time
 
         self.gate = Gate(lambda p: self.refused.get(p.name, ""), plaintext=False, wall=lambda: time.time() + self.wall_s)
@@ -104,7 +114,7 @@ class Place:
         server = grpc.aio.server(interceptors=[self.gate], options=channel.server_options())
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self.fleet, server)
         frames.add_to_server(self.blobs, server)
-        control_pb2_grpc.add_ControlServiceServicer_to_server(Control(), server)  # type: ignore[abstract]  # that is what is tested
+        control_pb2_grpc.add_ControlServiceServicer_to_server(self.control, server)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         reflection.enable_server_reflection([reflection.SERVICE_NAME], server)
@@ -227,6 +237,24 @@ async def test_an_operators_watch_is_cut_by_its_own_kind_and_name_alone(place: P
     assert await asyncio.wait_for(watch.code(), WAIT_S) == Status.PERMISSION_DENIED
 
 
+async def test_a_watch_that_is_cut_while_its_first_answer_is_on_its_way_is_told_why(place: Place) -> None:
+    loop = asyncio.get_running_loop()
+    place.control.about_to_write = lambda: loop.call_soon(place.gate.cut, "operator", "oak")
+    watch = control_pb2_grpc.ControlServiceStub(place.open(AUTHORITY.operator("oak", "view"))).WatchJob(control_pb2.WatchJobRequest())
+    await watch.read()
+    assert await asyncio.wait_for(watch.code(), WAIT_S) == Status.PERMISSION_DENIED
+    assert "revoked" in await watch.details()
+
+
+async def test_a_handler_that_is_cut_in_its_own_first_write_ends_at_the_other_end_too(place: Place) -> None:
+    loop = asyncio.get_running_loop()
+    place.blobs.about_to_write = lambda: loop.call_soon(place.gate.cut, "agent", "oak")
+    download = blob_pb2_grpc.BlobServiceStub(place.open(AUTHORITY.agent("oak", "device-oak"))).Download(blob_pb2.DownloadRequest())
+    await download.read()
+    assert await asyncio.wait_for(download.code(), WAIT_S) == Status.PERMISSION_DENIED
+    assert "revoked" in await download.details()
+
+
 async def test_who_does_not_stand_is_refused_on_a_connection_that_is_open_already(place: Place) -> None:
     stub = control_pb2_grpc.ControlServiceStub(place.open(AUTHORITY.operator("ann")))
     assert (await stub.ServerInfo(control_pb2.ServerInfoRequest())).version == "operator ann"
@@ -328,30 +356,6 @@ async def test_a_handler_may_note_a_refusal_of_its_own(place: Place, caplog: pyt
     ]
 
 
-async def test_refusals_are_counted_and_their_memory_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    now = 0.0
-    refusals = gate.Refusals(lambda: now)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(1000):
-            refusals.note("agent oak", "/x", "no")
-        for number in range(3 * gate.REFUSALS_KEPT):
-            refusals.note(f"agent a{number}", "/x", "no")
-        refusals.note("ipv4:1.2.3.4:50", "/x", "no")
-        assert len(refusals._told) <= gate.REFUSALS_KEPT + 1
-        assert len(caplog.records) == gate.REFUSALS_KEPT + 1
-        caplog.clear()
-        now = gate.TELL_S
-        assert refusals._timer is not None
-        refusals._timer.cancel()
-        refusals._sum_up()
-        assert any("agent oak" in r.getMessage() and "another 999 times" in r.getMessage() for r in caplog.records)
-        now = 2 * gate.TELL_S
-        refusals._timer.cancel()
-        refusals._sum_up()
-        assert refusals._told == {}
-        assert refusals._timer is None
-
-
 async def test_without_tls_everybody_is_local() -> None:
     server = grpc.aio.server(interceptors=[Gate(lambda _: "nobody stands", plaintext=True)])
     control_pb2_grpc.add_ControlServiceServicer_to_server(Control(), server)  # type: ignore[abstract]  # that is what is tested
@@ -396,7 +400,9 @@ ADMINS = {
     *(method for method in methods_of(registry_pb2) if not method.endswith(("Renew", "Join"))),
 }
 OPERATES = {f"/fleetune.v1.ControlService/{name}" for name in ("SubmitJob", "CancelJob", "PauseJob", "ResumeJob", "CollectGarbage")}
-DEVICES_ONLY = {f"/fleetune.v1.{name}" for name in ("FleetService/Session", "BlobService/Upload", "BlobService/UploadStatus")}
+DEVICES_ONLY = {
+    f"/fleetune.v1.{name}" for name in ("FleetService/Session", "BlobService/Upload", "BlobService/UploadStatus", "BlobService/Probe")
+}
 
 
 @pytest.mark.parametrize("method", sorted(permissions.RULES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 import time
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ import grpc
 import pytest
 
 from fleetune.coordinator import rotation, tlsfolder
+from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.tokens import Limiter
 from fleetune.v1 import control_pb2, registry_pb2_grpc
 from fleetune.v1 import registry_pb2 as pb
@@ -61,6 +63,7 @@ async def test_the_role_of_an_operator_is_the_token_s(tmp_path: Path) -> None:
 
 async def test_exactly_as_many_join_at_once_as_the_token_has_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleetune.coordinator.rpc.join.Limiter", lambda: Limiter(per_source_s=1000.0, of_all_s=1000.0))
+    monkeypatch.setattr("fleetune.coordinator.door.PER_SOURCE", 50)
     async with secured(tmp_path) as fleet:
         token = await fleet.token(7)
 
@@ -131,7 +134,9 @@ async def test_another_device_cannot_pass_a_lost_answer_off_as_its_own(tmp_path:
         await refused(fleet.join(token, "pi", "device-0002"), CODE.UNAUTHENTICATED)
 
 
-async def test_too_many_tries_from_one_address_are_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_tries_from_one_address_are_put_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("fleetune.coordinator.rpc.join.Limiter", lambda: Limiter(per_source_s=1.0))
     async with secured(tmp_path) as fleet:
         tries = await asyncio.gather(*(fleet.join("x" * 32, "pi") for _ in range(30)), return_exceptions=True)
@@ -139,8 +144,46 @@ async def test_too_many_tries_from_one_address_are_put_off(tmp_path: Path, monke
         assert codes[CODE.RESOURCE_EXHAUSTED] >= 1
         assert codes[CODE.UNAUTHENTICATED] >= 1
         assert codes.total() == 30
-        # Of 30 refusals the audit log tells one of each kind.
+        # Of 30 refusals the log and the audit log tell one of each kind; the number of the others follows after a minute.
         assert len([e for e in await audit(fleet, "join") if e.outcome == "refused"]) == 2
+        assert len([r for r in caplog.records if r.name == "fleetune.gate" and "JoinService/Join" in r.getMessage()]) == 2
+
+
+async def test_a_port_for_joining_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(MachineError, match=f"the address {listen} cannot be listened on"):
+            async with secured(tmp_path, join_listen=listen):
+                pass
+    async with secured(tmp_path) as fleet:
+        assert await fleet.serves(fleet.admin) is CODE.OK
+
+
+async def test_a_device_joins_at_once_in_front_of_hundreds_of_idle_connections(tmp_path: Path) -> None:
+    async with secured(tmp_path) as fleet:
+        token, port = await fleet.token(), fleet.coordinator.running.join_port
+
+        def crowd() -> list[socket.socket]:
+            return [socket.create_connection(("127.0.0.1", port), WAIT_S, (f"127.0.0.{2 + number % 9}", 0)) for number in range(400)]
+
+        held = await asyncio.to_thread(crowd)
+        try:
+            pi = await asyncio.wait_for(fleet.join(token, "pi"), WAIT_S)
+            assert await fleet.serves(pi) is CODE.OK
+            assert (await audit(fleet, "join"))[-1].actor == "127.0.0.1"
+        finally:
+            for one in held:
+                one.close()
+
+
+async def test_the_number_of_further_refusals_is_in_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleetune.coordinator.rpc.refusals.TELL_S", 0.3)
+    async with secured(tmp_path) as fleet:
+        told: list[str] = []
+        while not told:
+            await asyncio.gather(*(fleet.join("x" * 32, f"pi-{number}") for number in range(4)), return_exceptions=True)
+            told = [entry.detail for entry in await audit(fleet, "join") if "another" in entry.detail]
+        assert told[0].startswith("a token that is not good: another ")
 
 
 async def test_renewal_gives_the_same_identity_and_the_old_certificate_stays_good(tmp_path: Path) -> None:
@@ -220,7 +263,6 @@ async def test_no_secret_of_a_token_is_stored(tmp_path: Path) -> None:
 
 
 async def test_five_rotations_cut_nobody_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleetune.coordinator.entrance.LOOK_S", 0.02)
     monkeypatch.setattr("fleetune.coordinator.certificates.RENEWALS_MAX", 100)
     async with secured(tmp_path) as fleet:
         who = {"pi": await fleet.join(await fleet.token(), "pi"), "ada": fleet.admin}
@@ -249,10 +291,10 @@ async def test_five_rotations_cut_nobody_off(tmp_path: Path, monkeypatch: pytest
 
 
 async def taken_up(fleet: Secured, root: str) -> None:
+    """Whoever connects lets the coordinator look at its files; no more than that is needed."""
+
     async def look() -> None:
-        tls = fleet.coordinator.running.tls
-        assert tls is not None
-        while tls.mark != tlsfolder.mark(tls.folder) or tls.authority is None or tls.authority.fingerprint != root:  # noqa: ASYNC110  # a file
-            await asyncio.sleep(0.01)
+        while (authority := fleet.coordinator.running.roster.authority) is None or authority.fingerprint != root:
+            await fleet.serves(fleet.admin)
 
     await asyncio.wait_for(look(), WAIT_S)

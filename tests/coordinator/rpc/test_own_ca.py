@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import sys
 from pathlib import Path
 
 import grpc
 import pytest
 
 from fleetune.coordinator.config import TlsFiles
+from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.errors import ConfigError
 from fleetune.v1 import registry_pb2 as pb
 from fleetune.v1 import registry_pb2_grpc
 from fleetune.wire import channel
 from fleetune.wire.identity import SERVER_NAME, Facts, Identity
 from support.authority import Authority
-from support.coordinating import coordinating
+from support.coordinating import coordinating, echo_job
 
 CODE = grpc.StatusCode
 
@@ -95,3 +100,42 @@ async def test_a_certificate_of_another_key_is_refused(tmp_path: Path, foreign: 
     with pytest.raises(ConfigError, match="is not the certificate of"):
         async with coordinating(tmp_path / "state", plaintext=False, tls=files):
             pass
+
+
+async def fleetune(*words: str) -> tuple[int, str, str]:
+    """A verb as a person types it: exit code, standard output, standard error."""
+    command = (sys.executable, "-m", "fleetune.coordinator.cli", *words)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEETUNE_")}
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment
+    )
+    told, wrong = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, told.decode(), wrong.decode()
+
+
+async def test_an_operator_brings_a_certificate_and_may_do_what_it_says(tmp_path: Path, foreign: Authority) -> None:
+    files, mine = written(tmp_path, foreign), str(tmp_path / "identity")
+    leaf = foreign.leaf("grace", "urn:fleetune:operator:view", "client")
+    for name, data in (("grace.pem", leaf.certificate), ("grace.key", leaf.key)):
+        (tmp_path / name).write_bytes(data)
+    bring = ["join", "--certificate", str(tmp_path / "grace.pem"), "--key", str(tmp_path / "grace.key"), "--roots", str(files.roots)]
+    async with coordinating(tmp_path / "state", as_operator=operator(foreign, "ada"), plaintext=False, tls=files) as coordinator:
+        await coordinator.submit(echo_job(), "the-job-that-waits")
+        code, told, wrong = await fleetune(*bring, "--coordinator", coordinator.address, "--identity", mine)
+        assert (code, told, wrong) == (0, f"{mine}: operator grace, role view, of the coordinator at {coordinator.address}\n", "")
+        assert (tmp_path / "identity" / "key.pem").stat().st_mode & 0o777 == 0o600
+        code, told, _ = await fleetune("jobs", "--json", "--identity", mine)
+        assert (code, [job["name"] for job in json.loads(told)["jobs"]]) == (0, ["echo"])
+        code, _, wrong = await fleetune("cancel", "last", "--identity", mine)
+        assert code == ExitCode.REFUSED and "operate" in wrong
+        code, _, wrong = await fleetune(*bring, "--coordinator", coordinator.address, "--identity", mine)
+        assert code != 0 and "--again" in wrong
+    for words, why in (
+        (bring, "--coordinator HOST:PORT is needed"),
+        ([*bring[:-2], "--coordinator", "a:1"], "belong together"),
+        ([*bring, "--coordinator", "nowhere"], "is not HOST:PORT"),
+        (["join", "--server-name", "x"], "go with --certificate"),
+    ):
+        code, _, wrong = await fleetune(*words, "--identity", str(tmp_path / "another"))
+        assert code == ExitCode.USAGE and why in wrong

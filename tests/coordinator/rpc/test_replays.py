@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from fleetune.v1 import blob_pb2, messages_pb2
+from fleetune.v1 import blob_pb2, fleet_pb2, messages_pb2
 from support.coordinating import Coordinator, coordinating, echo_job
 from support.echo_agent import EchoAgent, echoed
 
@@ -86,3 +86,44 @@ async def test_an_update_for_what_is_not_open_is_answered_and_never_counts(tmp_p
         assert job.machine.status == "completed"
         assert await rows(c, "SELECT count(*) FROM updates WHERE status = 'accepted'") == [(2,)]
         assert c.spooled() == []
+
+
+async def test_what_comes_under_a_lease_that_was_never_given_is_refused_and_the_task_stays_open(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
+        job = await c.submit(echo_job(rounds=2), "the-job-of-leases")
+        first = await a.next_task()
+        data = await a.trained(first)
+        for lease in (first.lease + 1, 2**64 - 1):
+            receipt = await a.upload(first, data, header=a.header(first, data, lease=lease))
+            assert (receipt.status, receipt.lease) == (REFUSED, lease)
+            assert f"lease {lease} was never given out, the newest is {first.lease}" in receipt.reason
+            failure = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_INTERNAL, message="no")
+            await a.say(outcome=fleet_pb2.TaskOutcome(task_id=first.task_id, lease=lease, epoch=1, failure=failure))
+            receipt = await a.next_receipt()
+            assert (receipt.status, receipt.lease) == (REFUSED, lease)
+        assert c.spooled() == []
+        assert (await a.upload(first, data)).status == ACCEPTED
+        # Of a round that is over: the newest lease of the job counts, and one after it is refused like any other.
+        second = await a.next_task()
+        late = await a.upload(first, data, header=a.header(first, data, lease=second.lease + 1))
+        assert late.status == REFUSED
+        assert (await a.upload(second, await a.trained(second))).status == ACCEPTED
+        await c.ended(job)
+        assert await rows(c, "SELECT count(*) FROM updates WHERE status = 'accepted'") == [(2,)]
+        assert await rows(c, "SELECT failures FROM devices WHERE name = 'a'") == [(0,)]
+
+
+async def test_the_result_of_an_older_lease_still_counts_once(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as c:
+        async with EchoAgent(c.address, "a") as a:
+            job = await c.submit(echo_job(rounds=1), "the-job-of-an-old-lease")
+            first = await a.next_task()
+            data = await a.trained(first)
+        # It says that it holds nothing, so the task comes again under a new lease; what was done under the old one is as good.
+        async with EchoAgent(c.address, "a", instance_id="run-1") as a:
+            again = await a.next_task()
+            assert (again.task_id, again.lease > first.lease) == (first.task_id, True)
+            assert (await a.upload(again, data, header=a.header(again, data, lease=first.lease))).status == ACCEPTED
+            assert (await a.upload(again, data)).status in (DUPLICATE, LATE)
+            await c.ended(job)
+        assert await rows(c, "SELECT count(*) FROM updates") == [(1,)]

@@ -20,6 +20,7 @@ from fleetune.coordinator.rounds import aggregate, engine, folding
 from fleetune.coordinator.rounds.machine import JobMachine
 from fleetune.coordinator.store import blobs as blobs_module
 from fleetune.errors import DiskFullError
+from fleetune.supervisor import Supervisor
 from fleetune.v1 import control_pb2, control_pb2_grpc, fleet_pb2, messages_pb2
 from fleetune.wire import channel
 from support.coordinating import WAIT_S, committed, coordinating, echo_job, settings
@@ -224,7 +225,7 @@ async def test_a_bug_in_the_engine_ends_the_daemon_with_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = settings(tmp_path, drain_grace_s=5.0)
-    serving = asyncio.create_task(daemon._serve(made))
+    serving = asyncio.create_task(daemon._serve(made, Supervisor()))
     for _ in range(1000):
         if (tmp_path / "address").exists():
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 import zlib
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_damage_at_rest_is_found(store: BlobStore) -> None:
     assert not store.verify(DIGEST)
     assert store.put_bytes(DATA) == DIGEST
     assert store.verify(DIGEST)
+
+
+def test_two_hundred_damages_drawn_at_random_are_found(store: BlobStore) -> None:
+    draw = random.Random(7)
+    for _ in range(200):
+        store.put_bytes(DATA)
+        path, at = store.path(DIGEST), draw.randrange(len(DATA))
+        path.chmod(0o644)
+        damaged = bytearray(DATA)
+        way = draw.choice(["a bit", "cut", "longer", "empty"])
+        if way == "a bit":
+            damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes({"a bit": bytes(damaged), "cut": DATA[:at], "longer": DATA + b"x", "empty": b""}[way])
+        assert not store.verify(DIGEST), (way, at)
+        path.unlink()
 
 
 def test_only_idle_and_old_spools_are_cleaned(store: BlobStore) -> None:

@@ -26,42 +26,32 @@ from pathlib import Path
 
 import torch
 
+from fleetune import schedule
+from fleetune.agent.methods import evaluating, inputs, updates
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
-from fleetune.agent.trainer import data, loop, schedule
-from fleetune.agent.trainer.pace import Pace
+from fleetune.agent.trainer import loop
 from fleetune.child.entry import Emit
-from fleetune.errors import DataError, NotFiniteError, UnsupportedError
+from fleetune.errors import UnsupportedError
 from fleetune.methods.v1 import fedavg_lora_pb2
-from fleetune.model import adapter, evaluation
+from fleetune.model import adapter
 from fleetune.model.lora import AdaptedModel
 from fleetune.v1 import messages_pb2
 
-UPDATE_DTYPES = {"": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BATCH_ROWS = 16
 
 
 def train(work: Work, emit: Emit) -> Trained:
     """Local training from the global state; writes the delta to `work.out_path`."""
-    name = work.task.recipe.data.name
-    if work.out_path is None or work.data is None:
-        raise DataError(f"This device has no rows for the data {name!r}.", "Name the file of this data in the device's configuration.")
-    if work.data.train is None:
-        raise DataError(
-            f"This device has only validation rows of {name!r}, none to train on.",
-            f"Set data.{name}.train in its configuration, or let it measure only: a coordinator of its version asks it for nothing else.",
-        )
     task = _payload(work)
     started = time.monotonic()
-    session = data.session(work.task, work.base_folder, work.limits.accelerator, work.limits.threads, emit)
-    examples = session.examples(work.data.train.path, work.data.train.file_format, emit)
+    session, examples, out_path = inputs.loaded(work, emit)
     adapted = session.adapted
-    adapter.load_state(adapted, work.state_path, work.task.trainables_digest)
     anchors = [parameter.detach().clone() for parameter in adapted.parameters]
     loaded = time.monotonic()
     plan = _plan(task, work, len(examples))
-    outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs)
+    outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs())
     trained = time.monotonic()
-    written, norm = write_delta(work.out_path, adapted, anchors, task.update_dtype)
+    written, norm = write_delta(out_path, adapted, anchors, task.update_dtype)
     report = messages_pb2.UpdateReport(samples=outcome.samples, peak_rss_bytes=peak_rss_bytes())
     report.metrics.add(name="loss", value=outcome.mean_loss)
     for name, seconds in (("load", loaded - started), ("train", trained - loaded), ("write", time.monotonic() - trained)):
@@ -80,20 +70,8 @@ def train(work: Work, emit: Emit) -> Trained:
 
 
 def evaluate(work: Work, emit: Emit) -> messages_pb2.Evaluation:
-    """The state's metrics on the device's own validation rows; 0 rows, which weigh nothing, where it has none."""
-    result = messages_pb2.Evaluation()
-    if work.data is None or work.data.validation is None:
-        emit("log", text="no validation rows on this device")
-        return result
-    session = data.session(work.task, work.base_folder, work.limits.accelerator, work.limits.threads, emit)
-    examples = session.examples(work.data.validation.path, work.data.validation.file_format, emit, session.adapted.recipe.evaluation_rows)
-    adapter.load_state(session.adapted, work.state_path, work.task.trainables_digest)
-    progress = Pace(emit, "evaluating")
-    measured = evaluation.evaluate(session.adapted, examples.items, on_progress=progress.at)
-    for name, value in measured.metrics.items():
-        result.metrics.add(name=name, value=value)
-    result.rows = measured.rows
-    return result
+    """The state's metrics on the device's own validation rows."""
+    return evaluating.evaluate(work, emit)
 
 
 def _payload(work: Work) -> fedavg_lora_pb2.FedavgLoraTask:
@@ -102,10 +80,7 @@ def _payload(work: Work) -> fedavg_lora_pb2.FedavgLoraTask:
         raise UnsupportedError(
             f"The task holds {work.task.payload.type_url!r}, FedavgLoraTask is expected.", "Use the same version of Fleetune on both sides."
         )
-    if task.update_dtype not in UPDATE_DTYPES:
-        raise UnsupportedError(
-            f"update_dtype {task.update_dtype!r} is not known; allowed: float32, bfloat16, float16.", "Correct `update_dtype` in the job."
-        )
+    updates.check_dtype(task.update_dtype)
     return task
 
 
@@ -138,23 +113,7 @@ def _plan(task: fedavg_lora_pb2.FedavgLoraTask, work: Work, rows: int) -> loop.P
 
 
 def write_delta(path: Path, adapted: AdaptedModel, anchors: list[torch.Tensor], update_dtype: str) -> tuple[adapter.WrittenFile, float]:
-    """The update file (metadata fleetune.update=delta) and the Euclidean norm of the delta before it is narrowed.
-
-    Raises NotFiniteError when a value is NaN or Inf, also when only the narrow type cannot hold it.
-    """
-    dtype = UPDATE_DTYPES[update_dtype]
-    deltas: dict[str, torch.Tensor] = {}
-    squares = 0.0
-    for trainable, anchor in zip(adapted.trainables, anchors, strict=True):
-        delta = trainable.parameter.detach() - anchor
-        narrowed = delta.to(dtype)
-        if not bool(torch.isfinite(narrowed).all()):
-            largest = float(delta.abs().max())
-            raise NotFiniteError(
-                f"The update of {trainable.name} is not finite in {update_dtype or 'float32'} (largest value {largest:g}).",
-                "Lower the learning rate, bound max_grad_norm, or use a wider update_dtype.",
-            )
-        squares += float(delta.double().square().sum()) if delta.device.type != "mps" else float(delta.square().sum())
-        deltas[trainable.name] = narrowed
-    # No sync: until the coordinator's receipt the task can be done again.
-    return adapter.write_tensors(path, deltas, {"fleetune.update": "delta"}, durable=False), math.sqrt(squares)
+    """The update file of how the model has moved from `anchors`, and the Euclidean norm of that before it is narrowed."""
+    pairs = zip(adapted.trainables, anchors, strict=True)
+    deltas = ((trainable.name, trainable.parameter.detach() - anchor) for trainable, anchor in pairs)
+    return updates.write(path, deltas, "delta", update_dtype)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fleetune.v1 import messages_pb2
 
 METHODS: Mapping[str, str] = {
+    "deft": "fleetune.agent.methods.deft",
     "echo": "fleetune.agent.methods.echo",
     "fedavg_lora": "fleetune.agent.methods.fedavg_lora",
 }

@@ -66,8 +66,11 @@ def load(state_dir: Path, key: Key) -> Figures | None:
     return _figures(document, key)
 
 
-def save(state_dir: Path, figures: Figures) -> Path:
-    """Written aside, flushed and renamed: a power cut leaves the old figures or the new ones."""
+def save(state_dir: Path, figures: Figures, *, durable: bool = True) -> Path:
+    """Written aside, flushed and renamed: a power cut leaves the old figures or the new ones.
+
+    Where not `durable` it may leave none, which costs another measuring, but spares the disk a flush.
+    """
     path = path_of(state_dir, figures.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -83,7 +86,8 @@ def save(state_dir: Path, figures: Figures) -> Path:
         with aside.open("w", encoding="utf-8") as file:
             json.dump(document, file, indent=1, allow_nan=False)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

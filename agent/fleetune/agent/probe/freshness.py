@@ -57,6 +57,17 @@ def stale(measured_unix_s: float, now_unix_s: float, times: RoundTimes, age_s_ma
     return ""
 
 
+def settled(times: RoundTimes) -> RoundTimes:
+    """Drift against what rounds usually take, not against what was measured: rows shorter than the measured ones are no drift.
+
+    For figures that every round corrects, and that measuring again would give as they were.
+    """
+    if not times.ratios:
+        return times
+    usual = percentile(times.ratios, 0.5)
+    return RoundTimes(times.average / usual, tuple(ratio / usual for ratio in times.ratios))
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` (0 to 1) of `values` do not exceed, linear between neighbours; NaN of nothing."""
     if not values:

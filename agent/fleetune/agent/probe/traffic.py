@@ -20,18 +20,26 @@ class Goodput:
         self._average: float | None = None
         self._samples: deque[float] = deque(maxlen=SAMPLES_KEPT)
 
-    def add(self, size_bytes: int, seconds: float, limit_bytes_per_s: float = math.inf) -> None:
-        """One transfer that has ended: the bytes that really went, without those that a resumption spared.
+    def add(self, size_bytes: int, seconds: float, limit_bytes_per_s: float = math.inf, *, at_least: bool = False) -> bool:
+        """Whether this counted: one transfer that has ended, the bytes that really went, without those that a resumption spared.
 
-        `limit_bytes_per_s` is the rate it was held to, if any: a transfer at its limit says nothing of the link.
+        `limit_bytes_per_s` is the rate it was held to, if any: a transfer at its limit says nothing of the link. Nor does one whose time
+        holds other things than sending (`at_least`), unless it was faster than the link is known to be.
         """
         if size_bytes < BYTES_MIN or not (math.isfinite(seconds) and seconds > 0):
-            return
+            return False
         rate = size_bytes / seconds
-        if rate > 0.9 * limit_bytes_per_s and self._average is not None and rate < self._average:
-            return
+        held_back = at_least or rate > 0.9 * limit_bytes_per_s
+        if held_back and self._average is not None and rate < self._average:
+            return False
         self._samples.append(rate)
         self._average = rate if self._average is None else (1 - NEWEST_WEIGHT) * self._average + NEWEST_WEIGHT * rate
+        return True
+
+    def recall(self, bytes_per_s: float) -> None:
+        """What was known before a restart, where nothing is known yet."""
+        if self._average is None and math.isfinite(bytes_per_s) and bytes_per_s > 0:
+            self._average = bytes_per_s
 
     @property
     def bytes_per_s(self) -> float | None:

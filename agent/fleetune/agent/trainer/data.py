@@ -9,7 +9,7 @@ from fleetune.agent.trainer.pace import Pace
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import batches, lora, recipe, rows
+from fleetune.model import batches, lora, peaks, recipe, rows
 from fleetune.model.batches import Examples
 from fleetune.v1 import messages_pb2
 
@@ -26,8 +26,14 @@ class Session:
 
     key: _SessionKey
     adapted: lora.AdaptedModel
-    row_costs: dict[int, int] = field(default_factory=dict)
+    loaded_bytes: int
+    """Memory of this process with the model loaded, before its rows and its first step."""
+    _row_costs: dict[tuple[int, ...], dict[int, int]] = field(default_factory=dict)
     _examples: dict[_FileKey, Examples] = field(default_factory=dict)
+
+    def row_costs(self, depths: tuple[int, ...] = ()) -> dict[int, int]:
+        """What a row of so many tokens keeps for the backward pass down to these depths (none: all); filled by whoever measures it."""
+        return self._row_costs.setdefault(depths, {})
 
     def examples(self, path: Path, file_format: str | None, emit: Emit, wanted_rows: int = 0) -> Examples:
         """Tokenised rows of a file, read again only when the file changed. `wanted_rows` above 0 takes a fixed sample."""
@@ -63,7 +69,8 @@ def session(task: messages_pb2.Task, base_folder: Path | None, accelerator: str,
         del held
         accelerators.release_memory(picked)
     emit("progress", stage="loading", done=0, total=1)
-    fresh = Session(key, lora.load(base_folder, recipe.from_proto(task.recipe), picked))
+    adapted = lora.load(base_folder, recipe.from_proto(task.recipe), picked)
+    fresh = Session(key, adapted, peaks.present_bytes(picked))
     _WARM["session"] = fresh
     emit("progress", stage="loading", done=1, total=1)
     return fresh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,6 +42,9 @@ class Plan:
     proximal_mu: float
     seed: str
     memory_bytes: int | None
+    # Of the order in which rows are gone through; empty: `seed`. With `first_row` a round goes on where the one before it ended.
+    order_seed: str = ""
+    first_row: int = 0
 
     @property
     def steps(self) -> int:
@@ -72,18 +75,20 @@ def train(
     anchors: Sequence[torch.Tensor] | None = None,
     row_costs: dict[int, int] | None = None,
     micro_step: MicroStep | None = None,
+    parameters: Sequence[torch.nn.Parameter] | None = None,
 ) -> Outcome:
-    """Runs the plan's steps on the model, in place.
+    """Runs the plan's steps on the model, in place; with `parameters`, on these of its trainables alone.
 
     A step's gradient is that of the mean loss over its rows (or target tokens) however many micro batches it takes; where memory
     is short the micro batch is halved and the step done again with the same rows. `anchors`, in the order of the trainables, are
     the global state that FedProx pulls to. Raises NotFiniteError when the loss becomes NaN or Inf.
     """
     torch.manual_seed(_seed(plan.seed))
-    run = _Run(adapted, plan, emit, anchors, micro_step or backward)
-    run.micro_rows = fitting_rows(adapted, items, plan, {} if row_costs is None else row_costs, emit)
+    micro_rows = fitting_rows(adapted, items, plan, {} if row_costs is None else row_costs, emit)
+    gradients = Gradients(adapted, micro_rows, emit, micro_step or backward)
+    run = _Run(gradients, adapted.parameters if parameters is None else parameters, plan, emit, anchors)
     adapted.model.train()
-    order = endless_order(len(items), plan.seed)
+    order = _order(len(items), plan)
     left = plan.total_rows
     for step in range(plan.steps):
         chosen = [items[index] for index in islice(order, min(plan.step_rows, left))]
@@ -91,6 +96,37 @@ def train(
         run.step(step, chosen)
     adapted.model.zero_grad(set_to_none=True)
     return run.outcome()
+
+
+def gradient(
+    adapted: AdaptedModel,
+    items: Sequence[Example],
+    plan: Plan,
+    emit: Emit,
+    row_costs: dict[int, int] | None = None,
+    micro_step: MicroStep | None = None,
+) -> Outcome:
+    """Leaves the gradient of the mean loss over the plan's rows in whatever requires one: no step, no clipping.
+
+    However many micro batches it takes, it is the gradient of one batch of all rows. Raises NotFiniteError when the loss is NaN or
+    Inf, or float16 overflows at every scale.
+    """
+    torch.manual_seed(_seed(plan.seed))
+    micro_rows = fitting_rows(adapted, items, plan, {} if row_costs is None else row_costs, emit)
+    pace = Pace(emit, "training")
+    gradients = Gradients(adapted, micro_rows, emit, micro_step or backward, pace.at)
+    adapted.model.train()
+    adapted.model.zero_grad(set_to_none=True)
+    chosen = [items[index] for index in islice(_order(len(items), plan), plan.total_rows)]
+    started = time.monotonic()
+    loss = gradients.unscaled(chosen)
+    seconds = time.monotonic() - started
+    emit("log", text=f"gradient of {len(chosen)} rows loss={loss:.4f} rows={gradients.micro_rows} seconds={seconds:.3g}")
+    return Outcome(1, len(chosen), loss, loss, gradients.micro_rows, seconds)
+
+
+def _order(count: int, plan: Plan) -> Iterator[int]:
+    return endless_order(count, plan.order_seed or plan.seed, plan.first_row)
 
 
 def backward(adapted: AdaptedModel, batch: Batch, share: float, scaler: torch.amp.GradScaler) -> torch.Tensor:
@@ -102,51 +138,28 @@ def backward(adapted: AdaptedModel, batch: Batch, share: float, scaler: torch.am
     return loss.detach().float()
 
 
-class _Run:
-    """The state of one call of `train`: optimiser, counters, losses not yet read from the accelerator."""
+class Gradients:
+    """Gradients of the mean loss over a step's rows, in micro batches that fit: where memory is short they are halved for good."""
 
     def __init__(
-        self, adapted: AdaptedModel, plan: Plan, emit: Emit, anchors: Sequence[torch.Tensor] | None, micro_step: MicroStep
+        self,
+        adapted: AdaptedModel,
+        micro_rows: int,
+        emit: Emit,
+        micro_step: MicroStep,
+        on_rows: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._adapted = adapted
-        self._plan = plan
-        self._emit = emit
-        self._anchors = anchors if plan.proximal_mu > 0 else None
-        self._micro_step = micro_step
-        self._parameters = list(adapted.parameters)
-        self._optimiser = torch.optim.AdamW(self._parameters, lr=plan.rate(0), weight_decay=plan.weight_decay)
+        self.adapted = adapted
+        self.micro_rows = micro_rows
         half = any(parameter.dtype == torch.float16 for parameter in adapted.model.parameters())
         # Gradients that pass through float16 layers underflow unless the loss is scaled up.
-        self._scaler = torch.amp.GradScaler(adapted.accelerator.kind, enabled=half)
-        self._skipped = 0
-        self._pace = Pace(emit, "training")
-        self._log_every = max(1, plan.steps // LOGGED_STEPS)
-        self._unread: list[torch.Tensor] = []
-        self._read_at = time.monotonic()
-        self._step_seconds: list[float] = []
-        self._loss_sum = 0.0
-        self._last_loss = 0.0
-        self._steps = 0
-        self._samples = 0
-        self.micro_rows = plan.micro_rows
+        self.scaler = torch.amp.GradScaler(adapted.accelerator.kind, enabled=half)
+        self._emit = emit
+        self._micro_step = micro_step
+        self._on_rows = on_rows
 
-    def step(self, step: int, chosen: Sequence[Example]) -> None:
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._plan.rate(step)
-        self._unread.append(self._gradients(chosen))
-        self._scaler.unscale_(self._optimiser)
-        if self._anchors is not None:
-            _pull(self._parameters, self._anchors, self._plan.proximal_mu)
-        if self._plan.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._plan.max_grad_norm)
-        self._scaler.step(self._optimiser)
-        self._watch_scale()
-        self._optimiser.zero_grad(set_to_none=True)
-        self._steps += 1
-        self._samples += len(chosen)
-        self._tell()
-
-    def _gradients(self, chosen: Sequence[Example]) -> torch.Tensor:
+    def of(self, chosen: Sequence[Example]) -> torch.Tensor:
+        """Adds the gradients to those that are there, scaled by the scaler; returns the mean loss, not yet read from the accelerator."""
         while True:
             try:
                 return self._accumulate(chosen)
@@ -160,10 +173,30 @@ class _Run:
                         "Lower `max_length`, set gradient_checkpointing, or use a smaller base."
                     ) from error
             # Outside of the handler: the error's traceback holds the tensors of the failed pass.
-            self._optimiser.zero_grad(set_to_none=True)
-            accelerators.release_memory(self._adapted.accelerator)
+            self.adapted.model.zero_grad(set_to_none=True)
+            accelerators.release_memory(self.adapted.accelerator)
             self.micro_rows = (self.micro_rows + 1) // 2
             self._emit("log", text=f"memory is short: {self.micro_rows} rows at once from here on, the same rows a step")
+
+    def unscaled(self, chosen: Sequence[Example]) -> float:
+        """Sets the gradients as they are without a scale, and returns the mean loss. Begins with none there."""
+        for _ in range(SKIPPED_STEPS_MAX):
+            loss = float(self.of(chosen))
+            if not math.isfinite(loss):
+                raise NotFiniteError(
+                    f"The loss became {loss}.", "Lower the learning rate, bound max_grad_norm, or use dtype float32 or bfloat16."
+                )
+            if not self.scaler.is_enabled():
+                return loss
+            scale = self.scaler.get_scale()
+            found = [parameter.grad for parameter in self.adapted.parameters if parameter.grad is not None]
+            if all(bool(torch.isfinite(grad).all()) for grad in found):
+                for grad in found:
+                    grad.div_(scale)
+                return loss
+            self.scaler.update(scale / 2)
+            self.adapted.model.zero_grad(set_to_none=True)
+        raise _overflowing(SKIPPED_STEPS_MAX)
 
     def _accumulate(self, chosen: Sequence[Example]) -> torch.Tensor:
         terms = sum(item.loss_terms for item in chosen)
@@ -171,11 +204,66 @@ class _Run:
         for begin in range(0, len(chosen), self.micro_rows):
             some = chosen[begin : begin + self.micro_rows]
             share = sum(item.loss_terms for item in some) / terms
-            batch = collate(some, self._adapted.tokenizer.pad_token_id, self._adapted.accelerator.device)
-            loss = self._micro_step(self._adapted, batch, share, self._scaler)
+            batch = collate(some, self.adapted.tokenizer.pad_token_id, self.adapted.accelerator.device)
+            loss = self._micro_step(self.adapted, batch, share, self.scaler)
             total = loss if total is None else total + loss
+            if self._on_rows is not None:
+                self._on_rows(min(begin + len(some), len(chosen)), len(chosen))
         assert total is not None
         return total
+
+
+def _overflowing(times: int) -> NotFiniteError:
+    return NotFiniteError(
+        f"The gradients overflow float16 in {times} steps in a row.", "Use dtype bfloat16 or float32, or lower the learning rate."
+    )
+
+
+class _Run:
+    """The state of one call of `train`: optimiser, counters, losses not yet read from the accelerator."""
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        parameters: Sequence[torch.nn.Parameter],
+        plan: Plan,
+        emit: Emit,
+        anchors: Sequence[torch.Tensor] | None,
+    ) -> None:
+        self._gradients = gradients
+        self._adapted = gradients.adapted
+        self._plan = plan
+        self._emit = emit
+        self._anchors = anchors if plan.proximal_mu > 0 else None
+        self._parameters = list(parameters)
+        self._optimiser = torch.optim.AdamW(self._parameters, lr=plan.rate(0), weight_decay=plan.weight_decay)
+        self._scaler = gradients.scaler
+        self._skipped = 0
+        self._pace = Pace(emit, "training")
+        self._log_every = max(1, plan.steps // LOGGED_STEPS)
+        self._unread: list[torch.Tensor] = []
+        self._read_at = time.monotonic()
+        self._step_seconds: list[float] = []
+        self._loss_sum = 0.0
+        self._last_loss = 0.0
+        self._steps = 0
+        self._samples = 0
+
+    def step(self, step: int, chosen: Sequence[Example]) -> None:
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._plan.rate(step)
+        self._unread.append(self._gradients.of(chosen))
+        self._scaler.unscale_(self._optimiser)
+        if self._anchors is not None:
+            _pull(self._parameters, self._anchors, self._plan.proximal_mu)
+        if self._plan.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._plan.max_grad_norm)
+        self._scaler.step(self._optimiser)
+        self._watch_scale()
+        self._optimiser.zero_grad(set_to_none=True)
+        self._steps += 1
+        self._samples += len(chosen)
+        self._tell()
 
     def _watch_scale(self) -> None:
         if not self._scaler.is_enabled():
@@ -184,10 +272,7 @@ class _Run:
         self._scaler.update()
         self._skipped = self._skipped + 1 if self._scaler.get_scale() < before else 0
         if self._skipped >= SKIPPED_STEPS_MAX:
-            raise NotFiniteError(
-                f"The gradients overflow float16 in {self._skipped} steps in a row.",
-                "Use dtype bfloat16 or float32, or lower the learning rate.",
-            )
+            raise _overflowing(self._skipped)
 
     def _tell(self) -> None:
         """Reads the losses and tells of them. On a GPU reading waits for the device, so it is done only when something is due."""
@@ -212,7 +297,8 @@ class _Run:
         if self._steps % self._log_every == 0 or self._steps == self._plan.steps:
             rate = self._plan.rate(self._steps - 1)
             self._emit(
-                "log", text=f"step {self._steps}/{self._plan.steps} loss={self._last_loss:.4f} rate={rate:.3g} rows={self.micro_rows}"
+                "log",
+                text=f"step {self._steps}/{self._plan.steps} loss={self._last_loss:.4f} rate={rate:.3g} rows={self._gradients.micro_rows}",
             )
 
     def outcome(self) -> Outcome:
@@ -221,7 +307,7 @@ class _Run:
             self._samples,
             self._loss_sum / self._steps,
             self._last_loss,
-            self.micro_rows,
+            self._gradients.micro_rows,
             statistics.median(self._step_seconds),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gc
 import math
 import random
 import statistics
@@ -14,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import psutil
 import torch
 
 from fleetune.agent.probe import curve
+from fleetune.agent.trainer import data
 from fleetune.agent.trainer.pace import Pace
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import depths, flops, lora, recipe
+from fleetune.model import depths, flops, lora, peaks, recipe
 from fleetune.model.accelerator import Accelerator
-from fleetune.model.batches import Example, collate
+from fleetune.model.batches import Batch, Example, collate
 from fleetune.model.depths import DepthBlock
 from fleetune.model.lora import AdaptedModel
 from fleetune.model.recipe import CAUSAL_LM, CLASSIFICATION
@@ -42,6 +41,8 @@ PEAK_MARGIN = 1.2
 HEAP_FACTOR = 2.0
 """Resident over accounted bytes where the peak cannot be measured: glibc's heap was seen to take 1.6 to 2.0 times what is alive."""
 
+_MUCH = 1 << 62
+
 MATMUL_SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096, 8192), "mps": (512, 1024, 2048)}
 MATMUL_S = 0.3
 """Seconds spent on each size."""
@@ -51,10 +52,12 @@ MATMUL_S = 0.3
 class Point:
     """One measured depth. `cpu_s` is all threads' time of a step; `accounted_bytes` is what must be alive.
 
-    `peak_bytes` is above the loaded model, and None where nothing tells.
+    `run_rows` is fewer than the batch's where all of it would not fit: times are then scaled up, and no peak is known. `peak_bytes` is
+    above the loaded model, and None where nothing tells.
     """
 
     depth: int
+    run_rows: int
     step_s: float
     spread_s: float
     cpu_s: float
@@ -69,53 +72,75 @@ def measure(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     """Answers with figures of the machine and, where `base_folder` and `recipe` are given, of that model on it.
 
     Fields: base_folder, recipe (base64 of fleetune.v1.Recipe), batch_rows, depths (list, None: a few), warmup_steps, timed_steps,
-    only (train nothing but the block at the depth), limits as for `train`.
+    only (train nothing but the block at the depth), without_moments (gradients are sent, so no optimiser lives here), room_bytes (what
+    this process may take; no step is tried that would take more), limits as for `train`. With task (base64 of fleetune.v1.Task) in
+    place of recipe the model is the one that the job's training keeps warm.
     """
     limits = cast("Mapping[str, object]", fields.get("limits") or {})
     accelerator = accelerators.pick(str(limits.get("accelerator") or "auto"))
     threads = accelerators.set_threads(int(str(limits.get("threads") or 0)))
     folder = fields.get("base_folder")
-    known = recipe.from_proto(messages_pb2.Recipe.FromString(base64.b64decode(str(fields["recipe"])))) if folder else None
+    task = messages_pb2.Task.FromString(base64.b64decode(str(fields["task"]))) if fields.get("task") else None
+    asked = task.recipe if task is not None else messages_pb2.Recipe.FromString(base64.b64decode(str(fields.get("recipe") or "")))
+    known = recipe.from_proto(asked) if folder else None
     dtype = (accelerators.base_dtype(known.dtype if known else "auto", accelerator)) or torch.float32
     machine = _machine(accelerator, threads, dtype, emit)
     answer: dict[str, object] = {"machine": machine}
     if known is None or not folder:
         return answer
-    emit("progress", stage="loading", done=0, total=1)
-    adapted = lora.load(Path(str(folder)), known, accelerator, seed=1)
-    emit("progress", stage="loading", done=1, total=1)
-    rows = int(str(fields.get("batch_rows") or 16))
+    if task is not None:
+        session = data.session(task, Path(str(folder)), str(limits.get("accelerator") or "auto"), threads, emit)
+        adapted, loaded_bytes = session.adapted, session.loaded_bytes
+    else:
+        emit("progress", stage="loading", done=0, total=1)
+        adapted = lora.load(Path(str(folder)), known, accelerator, seed=1)
+        # Before any step: what a step leaves on the heap would count twice.
+        loaded_bytes = peaks.present_bytes(accelerator)
+        emit("progress", stage="loading", done=1, total=1)
     wanted = cast("Sequence[int] | None", fields.get("depths"))
-    bench = _Bench(
-        adapted,
-        rows,
-        int(str(fields.get("warmup_steps") or WARMUP_STEPS)),
-        int(str(fields.get("timed_steps") or TIMED_STEPS)),
-        bool(fields.get("only")),
-        emit,
+    wishes = _Wishes(
+        rows=int(str(fields.get("batch_rows") or 16)),
+        warmup=int(str(fields.get("warmup_steps") or WARMUP_STEPS)),
+        timed=int(str(fields.get("timed_steps") or TIMED_STEPS)),
+        only=bool(fields.get("only")),
+        moments=not fields.get("without_moments"),
+        room_bytes=int(str(fields.get("room_bytes") or 0)),
     )
-    model = bench.run(wanted)
+    model = _Bench(adapted, loaded_bytes, wishes, emit).run(wanted)
     answer["model"] = model
     # Of the peak that this device reaches itself, not of a data sheet's.
     answer["mfu"] = float(str(model["flops_per_s"])) / float(str(machine["peak_flops_per_s"]))
     return answer
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """How to measure. `room_bytes` 0 is no bound."""
+
+    rows: int
+    warmup: int
+    timed: int
+    only: bool
+    moments: bool
+    room_bytes: int
+
+
 class _Bench:
     """One model and one batch of full length, whose tokens are made up: time and memory do not depend on what they say."""
 
-    def __init__(self, adapted: AdaptedModel, rows: int, warmup: int, timed: int, only: bool, emit: Emit) -> None:
+    def __init__(self, adapted: AdaptedModel, loaded_bytes: int, wishes: _Wishes, emit: Emit) -> None:
         self._adapted = adapted
         self._accelerator = adapted.accelerator
-        self._warmup = warmup
-        self._timed = timed
-        self._only = only
+        self._wishes = wishes
         self._emit = emit
-        self._rows = rows
+        self._rows = wishes.rows
         self._blocks = depths.depth_blocks(adapted)
-        self._batch = collate(_examples(adapted, rows), _pad_id(adapted), adapted.accelerator.device)
-        # Before any step: what a step leaves on the heap would count twice.
-        self._loaded_bytes = _resident_bytes(adapted.accelerator)
+        self._examples = _examples(adapted, wishes.rows)
+        self._batch = self._batch_of(wishes.rows)
+        self._loaded_bytes = loaded_bytes
+        self._room_bytes = min(wishes.room_bytes or _MUCH, _gpu_room_bytes(adapted.accelerator) or _MUCH)
+        # Of the depths so far, resident over accounted bytes.
+        self._factor = HEAP_FACTOR if adapted.accelerator.kind == "cpu" else PEAK_MARGIN
         adapted.model.train()
 
     def run(self, wanted: Sequence[int] | None) -> dict[str, object]:
@@ -134,39 +159,61 @@ class _Bench:
             progress.at(number + 2, total)
         return self._answer(forward_s, forward_spread_s, points)
 
+    def _batch_of(self, rows: int) -> Batch:
+        return collate(self._examples[:rows], _pad_id(self._adapted), self._accelerator.device)
+
     def _point(self, depth: int) -> Point:
-        trained = self._blocks[depth - 1 : depth] if self._only else self._blocks[:depth]
+        trained = self._blocks[depth - 1 : depth] if self._wishes.only else self._blocks[:depth]
         parameters = [parameter for block in trained for parameter in block.parameters]
+        # Gradients, and beside them the two moments of AdamW.
+        trained_bytes = (3 if self._wishes.moments else 1) * sum(block.size_bytes for block in trained)
         with depths.training_only(self._adapted, trained):
-            optimiser = torch.optim.AdamW(parameters, lr=1e-6)
-            saved = depths.saved_bytes(self._adapted, self._batch)
+            optimiser = torch.optim.AdamW(parameters, lr=1e-6) if self._wishes.moments else None
+            run_rows = self._fitting_rows(trained_bytes)
+            batch = self._batch if run_rows == self._rows else self._batch_of(run_rows)
+            scale = self._rows / run_rows
+            saved = round(depths.saved_bytes(self._adapted, batch) * scale)
             with flops.counting(self._adapted.model) as counted:
-                self._adapted.model(**self._batch)
-            own = counted.step + self._attention(trained).step
+                self._adapted.model(**batch)
+            own = round(counted.step * scale) + self._attention(trained).step
 
             def step() -> None:
-                self._adapted.model(**self._batch).loss.backward()
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+                self._adapted.model(**batch).loss.backward()
+                if optimiser is not None:
+                    optimiser.step()
+                self._adapted.model.zero_grad(set_to_none=True)
 
-            peak = _peak_bytes(self._accelerator, step)
+            highest = _highest_bytes(self._accelerator, step)
             step_s, spread_s, cpu_s, timed = self._timings(step)
-        # Gradients live beside the two moments of AdamW.
-        trained_bytes = 3 * sum(block.size_bytes for block in trained)
+        self._emit("log", text=f"depth {depth} of {len(self._blocks)}: {1e3 * step_s * scale:.1f} ms for {self._rows} rows")
         accounted = saved + trained_bytes + self._workspace_bytes()
-        return Point(depth, step_s, spread_s, cpu_s, timed, saved, accounted, peak, own)
+        # Above the model as it was loaded: what the first passes leave behind, plans and buffers of the kernels, stays for good.
+        peak = max(0, highest - self._loaded_bytes) if highest is not None and run_rows == self._rows else None
+        if peak is not None:
+            self._factor = max(1.0, peak / accounted) * PEAK_MARGIN
+        return Point(depth, run_rows, step_s * scale, spread_s * scale, cpu_s * scale, timed, saved, accounted, peak, own)
+
+    def _fitting_rows(self, trained_bytes: int) -> int:
+        """Rows of which a step is sure to stay within the room, by what one of them keeps: a process that takes more may be killed."""
+        if self._room_bytes >= _MUCH:
+            return self._rows
+        row_bytes = depths.saved_bytes(self._adapted, self._batch_of(1)) + self._workspace_bytes() / self._rows
+        rows = self._rows
+        while rows > 1 and self._loaded_bytes + self._factor * (rows * row_bytes + trained_bytes) > self._room_bytes:
+            rows = (rows + 1) // 2
+        return rows
 
     def _timings(self, step: Callable[[], None]) -> tuple[float, float, float, int]:
         """(median, spread between the quartiles, mean CPU seconds, how many) of the timed runs, within the budget."""
         began = time.monotonic()
-        for number in range(self._warmup):
+        for number in range(self._wishes.warmup):
             step()
             if number and time.monotonic() - began > DEPTH_BUDGET_S / 3:
                 break
         self._wait()
         seconds: list[float] = []
         cpu_began = time.process_time()
-        while len(seconds) < self._timed and (len(seconds) < 2 or time.monotonic() - began < DEPTH_BUDGET_S):
+        while len(seconds) < self._wishes.timed and (len(seconds) < 2 or time.monotonic() - began < DEPTH_BUDGET_S):
             started = time.perf_counter()
             step()
             self._wait()
@@ -217,12 +264,18 @@ class _Bench:
             outputs = tokens * int(getattr(config, "vocab_size", 0) or 0)
         return 4 * (4 * tokens * max(hidden, inner) + 2 * outputs + (scores if hidden and heads else 0))
 
+    def _reckoned_bytes(self, point: Point) -> int:
+        """What a planner reckons with at a depth: the measured peak with a margin, never less than what must be alive."""
+        if point.peak_bytes is None:
+            return math.ceil(point.accounted_bytes * self._factor)
+        return math.ceil(point.peak_bytes * PEAK_MARGIN)
+
     def _answer(self, forward_s: float, forward_spread_s: float, points: Sequence[Point]) -> dict[str, object]:
         count = len(self._blocks)
         steps_s = {point.depth: point.step_s for point in points}
         intercept, slope, explained = curve.affine(steps_s)
         deepest = points[-1]
-        peaks = {point.depth: float(_reckoned_bytes(self._accelerator, point)) for point in points}
+        reckoned = {point.depth: float(self._reckoned_bytes(point)) for point in points}
         tokens = self._rows * self._tokens()
         return {
             "blocks": [
@@ -242,13 +295,22 @@ class _Bench:
             "step_s": curve.filled(steps_s, count),
             "line": {"intercept_s": intercept, "slope_s": slope, "explained": explained},
             "saved_bytes": [round(value) for value in curve.filled({point.depth: float(point.saved_bytes) for point in points}, count)],
-            "step_bytes": [math.ceil(value) for value in curve.filled(peaks, count)],
+            "step_bytes": [math.ceil(value) for value in curve.filled(reckoned, count)],
             "step_bytes_source": "measured" if all(point.peak_bytes is not None for point in points) else "accounted",
             "loaded_bytes": self._loaded_bytes,
+            "gpu_room_bytes": _gpu_room_bytes(self._accelerator),
+            "only_deepest": self._wishes.only,
             "tokens_per_s": tokens / deepest.step_s,
             "step_flops": [round(value) for value in curve.filled({point.depth: float(point.flops) for point in points}, count)],
             "flops_per_s": deepest.flops / deepest.step_s,
         }
+
+
+def _gpu_room_bytes(accelerator: Accelerator) -> int:
+    """What a GPU has free and what of it this process holds already; 0 without one."""
+    if accelerator.kind != "cuda":
+        return 0
+    return int(torch.cuda.mem_get_info()[0]) + int(torch.cuda.memory_reserved())
 
 
 def _machine(accelerator: Accelerator, threads: int, dtype: torch.dtype, emit: Emit) -> dict[str, object]:
@@ -295,56 +357,13 @@ def _matmul_rate(size: int, accelerator: Accelerator, dtype: torch.dtype) -> flo
     return 2.0 * size**3 / best
 
 
-def _peak_bytes(accelerator: Accelerator, step: Callable[[], None]) -> int | None:
-    """Highest memory above the present during two steps; None where the system does not tell."""
+def _highest_bytes(accelerator: Accelerator, step: Callable[[], None]) -> int | None:
+    """The most memory in two steps; None where the system does not tell."""
     accelerators.release_memory(accelerator)
-    if accelerator.kind == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        step()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated()) - int(before)
-    gc.collect()
-    before = _resident_bytes(accelerator)
-    if accelerator.kind != "cpu" or not _forget_peak():
-        step()
-        step()
-        return None
+    told = peaks.forget(accelerator)
     step()
     step()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _forget_peak() -> bool:
-    """Sets the kernel's record of the highest resident memory back to the present; False where it has none."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except OSError:
-        return False
-    # Some sandboxes accept the write and do nothing.
-    return 0 < _status_bytes("VmHWM") <= 1.01 * _status_bytes("VmRSS") + (1 << 20)
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return int(value.split()[0]) * 1024
-    return 0
-
-
-def _resident_bytes(accelerator: Accelerator) -> int:
-    if accelerator.kind == "cuda":
-        return int(torch.cuda.memory_allocated())
-    return int(psutil.Process().memory_info().rss)
-
-
-def _reckoned_bytes(accelerator: Accelerator, point: Point) -> int:
-    """What a planner reckons with at a depth: the measured peak with a margin, never less than what must be alive."""
-    if point.peak_bytes is None:
-        return math.ceil(point.accounted_bytes * (HEAP_FACTOR if accelerator.kind == "cpu" else PEAK_MARGIN))
-    return math.ceil(point.peak_bytes * PEAK_MARGIN)
+    return peaks.highest_bytes(accelerator) if told else None
 
 
 def _examples(adapted: AdaptedModel, rows: int) -> list[Example]:

@@ -22,7 +22,7 @@ from fleetune.coordinator import config, initialise, jobspec, watch
 from fleetune.coordinator import operator as operators
 from fleetune.coordinator.client import Client, Exported
 from fleetune.coordinator.demo.crew import Crew, Member, died
-from fleetune.coordinator.demo.material import DemoSettings, Material, cores_for_each, prepare, write_agent_config
+from fleetune.coordinator.demo.material import AGENTS, DemoSettings, Material, cores_for_each, prepare, write_agent_config
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text
@@ -36,7 +36,7 @@ from fleetune.wire import identity
 from fleetune.wire.identity import Identity
 from fleetune.wire.joinline import JoinLine
 
-__all__ = ["DemoSettings", "main"]
+__all__ = ["AGENTS", "DemoSettings", "main"]
 
 READY_S = 60.0
 """A coordinator on a busy machine starts within a few seconds; after this it hangs."""
@@ -130,7 +130,7 @@ async def _work(material: Material, settings: DemoSettings, crew: Crew, console:
     line = await _join_line(address, operator, len(material.agents))
     cores = cores_for_each(settings.agents)
     for agent in material.agents:
-        write_agent_config(agent.config, name=agent.name, coordinator=address, base=material.base, cores=cores)
+        write_agent_config(agent.config, name=agent.name, coordinator=address, base=material.base, cores=cores, up_mbps=agent.up_mbps)
     await asyncio.gather(*(_join(crew, material, agent.name, agent.config, line) for agent in material.agents))
     for agent in material.agents:
         await crew.start(agent.name, "fleetune.agent.cli", ["run", "--config", str(agent.config)], material.log(agent.name))

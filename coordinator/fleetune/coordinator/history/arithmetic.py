@@ -1,21 +1,26 @@
 """The folds computed once more, in a few lines of plain numpy that share nothing with the coordinator's own.
 
-Where a round's start state, its updates and its state still lie somewhere, the state must be their weighted mean to the last bit. Of a
-job with method `echo` nothing needs to lie anywhere but the states: what each device added follows from the round's devices.
+Where a round's start state, its updates and its state still lie somewhere, the state must be their weighted mean to the last bit. Where
+the updates are gradients, the moments before and after the round must lie there, too, and state and moments be one step of AdamW, to
+float32's precision: the norm is summed up in another order here. Other server optimisers' rounds are not computed again. Of a job with
+method `echo` nothing needs to lie anywhere but the states: what each device added follows from the round's devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fleetune import schedule
 from fleetune.coordinator import jobspec
-from fleetune.coordinator.domain import RoundEntry
-from fleetune.coordinator.history.facts import JobHistory, StateFolder, Violation
+from fleetune.coordinator.domain import Blob, RoundEntry
+from fleetune.coordinator.history.facts import JobHistory, RoundRow, StateFolder, Violation
 from fleetune.errors import FleetuneError
 from fleetune.wire import codec
 
@@ -45,30 +50,52 @@ def check(state: StateFolder, retained: Path | None = None) -> list[Violation]:
 
 def folded(job: JobHistory, find: Find) -> list[int]:
     """Numbers of the rounds whose fold can be computed again."""
-    return [row.number for row in job.rounds if _at_hand(row.entry, find) is not None]
+    return [row.number for row, before in _with_moments(job) if _can_be(row.entry, before, find)]
+
+
+def _can_be(entry: RoundEntry, before: Blob | None, find: Find) -> bool:
+    if _at_hand(entry, find) is None:
+        return False
+    if not _of_gradients(entry):
+        return entry.optimizer is None
+    return entry.optimizer is not None and all(find(blob.digest) is not None for blob in (entry.optimizer, before) if blob is not None)
+
+
+def _with_moments(job: JobHistory) -> Iterator[tuple[RoundRow, Blob | None]]:
+    """The rounds, each with the moments that the one before it has left."""
+    before: Blob | None = None
+    for row in job.rounds:
+        yield row, before
+        before = row.entry.optimizer
 
 
 def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
-    for row in job.rounds:
+    for row, before in _with_moments(job):
         places = _at_hand(row.entry, find)
-        if places is None:
+        if places is None or not _can_be(row.entry, before, find):
             continue
         start, end, updates = places
         weights = [task.update.samples for task in row.entry.trained() if task.update]
         try:
-            wrong = _unlike(start, end, updates, weights)
+            if row.entry.optimizer is None:
+                wrong, what = _unlike(start, end, updates, weights), "the mean of the updates"
+            else:
+                moments = (find(before.digest) if before is not None else None, find(row.entry.optimizer.digest))
+                wrong, what = _not_stepped(job, row.number, start, end, updates, weights, moments), "a step along the mean gradient"
         except (FleetuneError, KeyError) as error:
             yield Violation("state_not_the_fold", job.job_id, row.number, f"it cannot be computed again: {error}")
             continue
         if wrong:
-            yield Violation(
-                "state_not_the_fold", job.job_id, row.number, f"tensors that are not the mean of the updates: {', '.join(wrong[:5])}"
-            )
+            yield Violation("state_not_the_fold", job.job_id, row.number, f"tensors that are not {what}: {', '.join(wrong[:5])}")
+
+
+def _of_gradients(entry: RoundEntry) -> bool:
+    return any(task.update.kind == "gradient" for task in entry.trained() if task.update)
 
 
 def _at_hand(entry: RoundEntry, find: Find) -> tuple[Path, Path, list[Path]] | None:
-    """Start state, state and updates in device-id order; None where one is gone, or where a server optimiser has had its say."""
-    if entry.optimizer is not None or entry.start_state is None or entry.state is None:
+    """Start state, state and updates in device-id order; None where one is gone."""
+    if entry.start_state is None or entry.state is None:
         return None
     start, end = find(entry.start_state.digest), find(entry.state.digest)
     updates = [find(task.update.blob.digest) for task in entry.trained() if task.update]
@@ -99,6 +126,81 @@ def _unlike(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[i
         if not same:
             wrong.append(spec.name)
     return wrong
+
+
+def _not_stepped(
+    job: JobHistory,
+    number: int,
+    start: Path,
+    end: Path,
+    updates: Sequence[Path],
+    weights: Sequence[int],
+    moments: tuple[Path | None, Path | None],
+) -> list[str]:
+    """Names of the tensors that one step of AdamW would have left with other values or other moments."""
+    spec = jobspec.parse(job.toml)
+    training, beta1, beta2 = spec.training, spec.method.server_beta1, spec.method.server_beta2 or 0.0
+    rate = schedule.learning_rate(
+        number - 1,
+        peak=training.learning_rate,
+        name=training.schedule,
+        warmup_steps=training.warmup_steps,
+        total_steps=spec.rounds.count,
+        offset=0,
+    )
+    base, result, tables = codec.read_table(start), codec.read_table(end), [codec.read_table(path) for path in updates]
+    before, after = (_Moments.read(path) for path in moments)
+    gradients: dict[str, _Values] = {}
+    for name in base.names:
+        held = [(_tensor(path, table, name), w) for path, table, w in zip(updates, tables, weights, strict=True) if name in table.by_name]
+        if held:
+            gradients[name] = np.sum([values * weight for values, weight in held], axis=0) / sum(weight for _, weight in held)
+    norm = math.sqrt(sum(float(np.sum(gradient**2)) for gradient in gradients.values()))
+    factor = min(1.0, training.max_grad_norm / (norm + 1e-6)) if training.max_grad_norm > 0 else 1.0
+    wrong = sorted({spec.name for spec in base.specs} ^ {spec.name for spec in result.specs})
+    for name in base.names:
+        if name in wrong or base.by_name[name].dtype not in _DTYPES:
+            continue
+        old, found = _tensor(start, base, name), _tensor(end, result, name)
+        (steps, m, v), (steps_after, m_after, v_after) = before.of(name, old), after.of(name, old)
+        if name not in gradients:
+            same = steps == steps_after and all(np.array_equal(*pair) for pair in ((old, found), (m, m_after), (v, v_after)))
+        else:
+            gradient, steps = gradients[name] * factor, steps + 1
+            m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+            move = rate * (m / (1 - beta1**steps)) / (np.sqrt(v / (1 - beta2**steps)) + spec.method.server_epsilon)
+            new = old * (1 - rate * training.weight_decay) - move
+            # Half a unit in the last place of the state's own type, and what the other order of the norm's sum leaves of the move.
+            digits = 2.0**-22 if base.by_name[name].dtype in ("F32", "F64") else 2.0**-7
+            same = steps == steps_after and bool(np.all(np.abs(new - found) <= digits * np.abs(new) + 1e-6 * np.abs(move)))
+            same = same and np.allclose(m, m_after, rtol=1e-6, atol=1e-30) and np.allclose(v, v_after, rtol=1e-6, atol=1e-30)
+        if not same:
+            wrong.append(name)
+    return wrong
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """A file of moments, or what was before the first."""
+
+    path: Path | None
+    table: codec.TensorTable | None
+    steps: Mapping[str, int]
+
+    @classmethod
+    def read(cls, path: Path | None) -> _Moments:
+        if path is None:
+            return cls(None, None, {})
+        table = codec.read_table(path)
+        counts = table.metadata.get("fleetune.steps", "").split(",")
+        return cls(path, table, {name: int(count) for name, count in zip(table.names, counts, strict=False) if count.isdecimal()})
+
+    def of(self, name: str, like: _Values) -> tuple[int, _Values, _Values]:
+        """Steps, first and second moment of a tensor whose values are `like`."""
+        if self.path is None or self.table is None:
+            return 0, np.zeros_like(like), np.zeros_like(like)
+        both = _tensor(self.path, self.table, name)
+        return self.steps.get(name, 0), both[0::2], both[1::2]
 
 
 def _tensor(path: Path, table: codec.TensorTable, name: str) -> _Values:

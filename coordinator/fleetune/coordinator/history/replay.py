@@ -11,8 +11,8 @@ from fleetune.coordinator.history.facts import Happened, JobHistory, Violation
 from fleetune.coordinator.rounds import machine
 from fleetune.coordinator.rounds.machine import JobMachine
 
-FOR_PEOPLE = frozenset({"message"})
-"""What an event that was not worth a row may change: an offer of too few devices rewrites what the job waits for."""
+FOR_PEOPLE = frozenset({"message", "retry_unix_s"})
+"""What an event that was not worth a row may change: an offer of too few devices rewrites what the job waits for, time passes."""
 
 
 def violations(job: JobHistory) -> Iterator[Violation]:
@@ -84,7 +84,7 @@ def _compared(job: JobHistory, state: JobMachine, commits: dict[int, RoundEntry]
         elif mine != theirs:
             names = [field.name for field in fields(RoundEntry) if getattr(mine, field.name) != getattr(theirs, field.name)]
             yield Violation("replay_differs", job.job_id, number, f"the events give another {', '.join(names)} than is stored")
-    if replace(state, message="") != replace(job.machine, message=""):
+    if replace(state, message="", retry_unix_s=0.0) != replace(job.machine, message="", retry_unix_s=0.0):
         names = [field.name for field in fields(JobMachine) if field.name not in FOR_PEOPLE]
         wrong = [name for name in names if getattr(state, name) != getattr(job.machine, name)]
         yield Violation("replay_differs", job.job_id, 0, f"the events lead to a machine with another {', '.join(wrong)} than is stored")

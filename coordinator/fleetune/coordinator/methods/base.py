@@ -9,9 +9,9 @@ from typing import Protocol
 
 from google.protobuf.message import Message
 
-from fleetune.coordinator.domain import Blob
+from fleetune.coordinator.domain import Blob, RoundPlan, UpdateKind
 from fleetune.coordinator.jobsections import JobSpec
-from fleetune.coordinator.rounds.optimizers import ServerOptimizer
+from fleetune.coordinator.rounds.optimizers import AdamW, ServerOptimizer
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class RoundFacts:
 
     number: int
     devices: Sequence[str]
+    plan: RoundPlan | None = None
+    """Who trains what; only for methods that plan."""
+    depth_count: int = 0
+    """Depths that the job's model has; 0 where that does not matter."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,19 @@ class Method(Protocol):
 
     name: str
     needs_model: bool
+    plans: bool
+    """Whether its rounds are planned from what devices and links have shown."""
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         """Device id -> the method's Task message. Asked again for the same facts, it answers the same."""
         ...
 
-    def fold(self, spec: JobSpec) -> ServerOptimizer | None:
-        """How the mean update is applied to the global state; None adds it as it is."""
+    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | AdamW | None:
+        """How the mean update of round `number` is applied to the global state; None adds it as it is. AdamW takes gradients."""
+        ...
+
+    def kinds(self, spec: JobSpec) -> frozenset[UpdateKind]:
+        """What an update of such a job may hold. A device does not choose: deltas are held to a norm, states are not."""
         ...
 
     def initial(self, spec: JobSpec, path: Path) -> Initial:

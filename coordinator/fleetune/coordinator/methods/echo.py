@@ -19,7 +19,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
-from fleetune.coordinator.domain import Blob
+from fleetune.coordinator.domain import Blob, UpdateKind
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.coordinator.rounds.optimizers import ServerOptimizer
@@ -33,12 +33,16 @@ TENSOR_BYTES = 1 << 20
 class Echo:
     name = "echo"
     needs_model = False
+    plans = False
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         return {device: echo_pb2.EchoTask(constant=place + 1) for place, device in enumerate(sorted(facts.devices))}
 
-    def fold(self, spec: JobSpec) -> ServerOptimizer | None:
+    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | None:
         return None
+
+    def kinds(self, spec: JobSpec) -> frozenset[UpdateKind]:
+        return frozenset({"state", "delta"})
 
     def initial(self, spec: JobSpec, path: Path) -> Initial:
         """Zeros of `method.state_mib`, written a tensor at a time."""

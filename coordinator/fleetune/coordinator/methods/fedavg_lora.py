@@ -27,6 +27,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
+from fleetune.coordinator.domain import UpdateKind
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.coordinator.rounds.optimizers import FedAdam, FedAvgM, FedYogi, ServerOptimizer
@@ -36,6 +37,7 @@ from fleetune.methods.v1 import fedavg_lora_pb2
 class FedavgLora:
     name = "fedavg_lora"
     needs_model = True
+    plans = False
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         training = spec.training
@@ -59,19 +61,22 @@ class FedavgLora:
         )
         return dict.fromkeys(facts.devices, task)
 
-    def fold(self, spec: JobSpec) -> ServerOptimizer | None:
+    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | None:
         method = spec.method
         if method.server_optimizer == "none":
             return None
-        rate = method.server_learning_rate
-        assert rate is not None, "jobspec.parse fills it in"
+        rate, beta2 = method.server_learning_rate, method.server_beta2
+        assert rate is not None and beta2 is not None, "jobspec.parse fills them in"
         match method.server_optimizer:
             case "fedavgm":
                 return FedAvgM(rate, method.server_momentum)
             case "fedadam":
-                return FedAdam(rate, method.server_beta1, method.server_beta2, method.server_tau)
+                return FedAdam(rate, method.server_beta1, beta2, method.server_tau)
             case "fedyogi":
-                return FedYogi(rate, method.server_beta1, method.server_beta2, method.server_tau)
+                return FedYogi(rate, method.server_beta1, beta2, method.server_tau)
+
+    def kinds(self, spec: JobSpec) -> frozenset[UpdateKind]:
+        return frozenset({"delta"})
 
     def initial(self, spec: JobSpec, path: Path) -> Initial:
         raise NotImplementedError("the model host makes this method's first state")

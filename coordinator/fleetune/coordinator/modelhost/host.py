@@ -38,6 +38,7 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     adapter.write_config(out_folder / adapter.CONFIG_NAME, adapted, found.hub_id or found.public_name)
     written = adapter.write_state(out_folder / adapter.STATE_NAME, adapted)
     table = codec.read_table(written.path)
+    blocks = lora.blocks(table.names)
     _keep(_Key(str(found.folder), str(fields["recipe"]), adapted.accelerator.kind), adapted)
     emit("progress", stage="loading", done=3, total=3)
     return {
@@ -50,7 +51,8 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
         "hub_id": found.hub_id,
         "revision": found.revision,
         "files": [{"name": file.name, "digest": file.digest, "size_bytes": file.size_bytes} for file in files.files],
-        "blocks": lora.blocks(table.names),
+        "blocks": blocks,
+        "block_names": [lora.block_name(names[0]) for names in blocks],
         "parameters": adapted.parameter_count,
         "trainable_parameters": adapted.trainable_count,
     }

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import numpy as np
 
+from fleetune.coordinator.planner import depthwise
 from fleetune.coordinator.planner.plan import Plan
 from fleetune.coordinator.planner.problem import Bools, Fleet, Floats, Ints
 from fleetune.coordinator.planner.split import Pairs, Split, split_pairs
 
-MethodName = Literal["deft", "data-parallel", "data-parallel-fastest", "best-single"]
+MethodName = Literal["deft", "data-parallel", "data-parallel-fastest", "best-single", "depth"]
 Measure = Literal["full-gradient-rows", "rows"]
 
 _SIZES_TRIED = 24
@@ -51,8 +52,8 @@ class Prediction:
 def predictions(
     fleet: Fleet, plan: Plan, rows_per_device: float, rows: float, *, whole_s: Floats | None = None, holds_whole: Bools | None = None
 ) -> tuple[Prediction, ...]:
-    """DEFT as in `plan`, the best single device, data-parallel federated LoRA over all devices that hold the whole, and the same over the
-    subset that is fastest per row, to a common number of `rows`.
+    """DEFT as in `plan`, the best single device, data-parallel federated LoRA over all devices that hold the whole, the same over the
+    subset that is fastest per row, and depth-aware data parallelism, to a common number of `rows`.
 
     `rows_per_device`: rows that each device passes forward in a round. `whole_s` (K,): seconds of computing over all blocks, the time of
     the deepest block if left out; `holds_whole` (K,): whether everything fits at once, whether every block fits if left out.
@@ -83,6 +84,7 @@ def predictions(
         single[0] if single else _prediction("best-single", (), None, rows_per_device, 0.0, rows),
         everyone,
         min(rated, key=lambda one: math.inf if one.seconds_per_row is None else one.seconds_per_row),
+        _depth(fleet, whole_s, holds_whole, rows_per_device, rows),
     )
 
 
@@ -95,6 +97,23 @@ def choice(found: Sequence[Prediction], measure: Measure = "full-gradient-rows")
 
     best = min(found, key=seconds, default=None)
     return best if best is not None and math.isfinite(seconds(best)) else None
+
+
+def _depth(fleet: Fleet, whole_s: Floats | None, holds_whole: Bools | None, rows_per_device: float, rows: float) -> Prediction:
+    """Each device from the loss down to a depth of its own; times are None where no device reaches the deepest block.
+
+    Down to the deepest block is the whole; for what is shallower, a step of the deepest trained block stands.
+    """
+    ready: Floats = np.array(fleet.ready_s)
+    fits: Bools = np.array(fleet.fits)
+    if fleet.blocks:
+        ready[:, -1] = ready[:, -1] if whole_s is None else whole_s
+        fits[:, -1] &= True if holds_whole is None else holds_whole
+    deep = depthwise.plan_depths(replace(fleet, ready_s=ready, fits=fits)) if fleet.blocks else None
+    if deep is None or deep.covered < len(fleet.blocks):
+        return _prediction("depth", (), None, rows_per_device, 0.0, rows)
+    devices = tuple(fleet.devices[index] for index in cast("Sequence[int]", deep.chosen.tolist()))
+    return _prediction("depth", devices, deep.split.round_s, rows_per_device, float(deep.depths.sum()) / len(fleet.blocks), rows)
 
 
 def _data_parallel(

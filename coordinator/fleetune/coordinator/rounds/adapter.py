@@ -177,7 +177,9 @@ def readme(adapter: Adapter) -> str:
         lines += [
             f"- Base: `{base}`" + (f" at revision `{prepared.revision}`" if prepared.revision else ""),
             f"- Base digest: `{prepared.base_digest}`",
-            f"- LoRA: rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, targets {', '.join(spec.lora.targets) or 'PEFT defaults'}",
+            f"- LoRA: rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, targets {', '.join(spec.lora.targets) or 'PEFT defaults'}"
+            if spec.method.trains == "lora"
+            else "- Trained: the layers' own weights",
         ]
     lines += [f"- {name}: {value:.4f} on {entry.evaluation_rows} rows" for name, value in sorted(entry.metrics.items())]
     if spec.task.labels:

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fleetune.coordinator.domain import Evaluation, Failure, TaskEntry, Update
+from fleetune.coordinator.domain import DeviceFigures, Evaluation, Failure, TaskEntry, Update
 from fleetune.coordinator.registry import Registry
 from fleetune.coordinator.rounds import aggregate, machine
 from fleetune.coordinator.rounds.inspection import Inspection
@@ -46,7 +46,8 @@ class Admission:
         if name.device_id != device_id:
             return Receipt("refused", f"task {task_id!r} is not this device's")
         if name.kind != "train":
-            return Receipt("refused", f"task {task_id!r} has an evaluation for its result, not an update")
+            result = "figures" if name.kind == "measure" else "an evaluation"
+            return Receipt("refused", f"task {task_id!r} has {result} for its result, not an update")
         entry = job.machine.open_task(task_id)
         if entry is not None and entry.status == "assigned":
             return None
@@ -83,13 +84,15 @@ class Admission:
             failure = Failure("not_finite", "upload", str(facts))
         elif isinstance(facts, WireError):
             failure = Failure("model", "upload", str(facts))
+        elif isinstance(facts, aggregate.UpdateFacts) and (wrong := unasked(job, device_id, facts)):
+            failure = Failure("model", "upload", wrong)
         if failure is not None:
             await self._means.ask(job.job_id, machine.TaskFailed(task_id, failure))
             return Receipt("refused", failure.message)
         if isinstance(facts, BaseException):
             raise facts
-        checked = Update(update.blob, update.samples, update.metrics, update.seconds, update.peak_rss_bytes, facts.norm, facts.kind)
-        if (objection := job.machine.objection(checked)) is not None:
+        checked = replace(update, norm=facts.norm, kind=facts.kind)
+        if (objection := job.machine.objection(checked, device_id)) is not None:
             await self._means.ask(job.job_id, machine.TaskFailed(task_id, objection))
             if device_id in job.machine.quarantined:
                 log.warning("job=%s device=%s quarantined reason=%r", job.job_id, device_id, job.machine.quarantined[device_id])
@@ -101,6 +104,9 @@ class Admission:
 
     async def take_evaluation(self, task_id: str, device_id: str, evaluation: Evaluation) -> Receipt:
         return await self._take(task_id, device_id, machine.EvaluationArrived(task_id, evaluation))
+
+    async def take_figures(self, task_id: str, device_id: str, figures: DeviceFigures) -> Receipt:
+        return await self._take(task_id, device_id, machine.FiguresArrived(task_id, figures))
 
     async def take_failure(self, task_id: str, device_id: str, failure: Failure) -> Receipt:
         job, entry = self._open_task(task_id)
@@ -153,12 +159,19 @@ def status_of(job: LiveJob, event: machine.Event) -> Receipt | None:
                 return _same_or_other(entry.update.blob.digest, update.blob.digest)
             wanted = entry is not None and entry.status == "assigned" and entry.kind == "train"
             return Receipt("accepted") if wanted else Receipt("late", "the round is over or has gone on without this device")
-        case machine.EvaluationArrived(task_id) | machine.TaskFailed(task_id) | machine.TaskRefused(task_id):
+        case (
+            machine.EvaluationArrived(task_id)
+            | machine.FiguresArrived(task_id)
+            | machine.TaskFailed(task_id)
+            | machine.TaskRefused(task_id)
+        ):
             entry = job.machine.open_task(task_id)
             if entry is None:
                 return Receipt("late", "the round is over")
             if isinstance(event, machine.EvaluationArrived) and entry.kind != "evaluate":
-                return Receipt("refused", f"task {task_id!r} has an update for its result, not an evaluation")
+                return Receipt("refused", f"task {task_id!r} has another result than an evaluation")
+            if isinstance(event, machine.FiguresArrived) and entry.kind != "measure":
+                return Receipt("refused", f"task {task_id!r} has another result than figures")
             return Receipt("accepted") if entry.status == "assigned" else Receipt("duplicate")
         case _:
             return None
@@ -177,7 +190,40 @@ def parse_task_id(task_id: str) -> TaskName | None:
     return TaskName(int(found[1]), found[2], found[3]) if found else None
 
 
-_TASK_ID = re.compile(r"[^/]{1,100}/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,64})/(train|evaluate)(?:/[0-9]{1,9})?", re.ASCII)
+_TASK_ID = re.compile(r"[^/]{1,100}/([1-9][0-9]{0,5})/([A-Za-z0-9-]{1,64})/(train|evaluate|measure)(?:/[0-9]{1,9})?", re.ASCII)
+
+
+NAMES_TOLD = 3
+"""Tensors that a complaint names."""
+
+
+def unasked(job: LiveJob, device_id: str, facts: aggregate.UpdateFacts) -> str:
+    """Why a sound update is not the one that the device was asked for, for a person; empty where it is.
+
+    It must be of the method's kind, and in a planned round hold the tensors of the device's blocks, all of them and no others.
+    """
+    kinds = job.method.kinds(job.spec)
+    if facts.kind not in kinds:
+        asked = " or ".join(f"{kind}s" for kind in sorted(kinds))
+        return f"the update holds {facts.kind}s; {asked} are asked for. Use the same version of Fleetune on both sides."
+    entry, prepared = job.machine.round, job.machine.prepared
+    part = entry.plan.part_of(device_id) if entry is not None and entry.plan is not None else None
+    if part is None or prepared is None:
+        return ""
+    wanted = {name for depth in part.depths for name in prepared.blocks[depth - 1].tensors}
+    found = set(facts.names)
+    blocks = f"its blocks ({', '.join(prepared.blocks[depth - 1].name for depth in part.depths)})"
+    if strange := sorted(found - wanted):
+        return f"the update holds {_some(strange)}, which {'is' if len(strange) == 1 else 'are'} not of {blocks}; only those are asked for."
+    if missing := sorted(wanted - found):
+        return f"the update lacks {_some(missing)} of {blocks}; all of their tensors are asked for."
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    told = ", ".join(repr(name) for name in names[:NAMES_TOLD])
+    return told + (f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else "")
 
 
 def inspected(places: Sequence[Path], expected: codec.TensorTable) -> aggregate.UpdateFacts:

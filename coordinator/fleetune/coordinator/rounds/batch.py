@@ -58,6 +58,26 @@ class Batch:
                 log.error("job=%s round=%d device=%s update damaged on disk, its task is given again", job.job_id, number, device_id)
             case machine.StateDamaged(number):
                 log.error("job=%s round=%d new state damaged on disk, its updates are folded once more", job.job_id, number)
+            case machine.FiguresArrived(task_id, figures):
+                step_s = figures.step_s[-1] if figures.step_s else 0.0
+                log.info(
+                    "job=%s device=%s figures deepest_step_s=%.3g rows=%d", job.job_id, task_id.split("/")[2], step_s, figures.batch_rows
+                )
+            case machine.Planned(_, plan, reason):
+                if plan is None:
+                    log.warning("job=%s cannot be planned: %s", job.job_id, reason)
+                elif job.machine.round is not None:
+                    log.info(
+                        "job=%s round=%d planned layout=%s solver=%s devices=%d round_s=%.3g uncovered=%d reason=%r",
+                        job.job_id,
+                        job.machine.round.number,
+                        plan.layout,
+                        plan.solver,
+                        len(plan.parts),
+                        plan.round_s,
+                        len(plan.uncovered_depths),
+                        plan.reason,
+                    )
             case machine.TaskFailed(task_id, failure):
                 self.failures.append((task_id.split("/")[2], failure.message))
                 log.warning(

@@ -28,7 +28,7 @@ from fleetune.coordinator.domain import Candidate, Failure, RoundEntry, TaskEntr
 from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.table import METHODS
 from fleetune.coordinator.registry import Registry, Session
-from fleetune.coordinator.rounds import adapter, admission, damage, machine, needs
+from fleetune.coordinator.rounds import adapter, admission, damage, machine, needs, planning
 from fleetune.coordinator.rounds.admission import Admission
 from fleetune.coordinator.rounds.batch import Batch
 from fleetune.coordinator.rounds.folding import Folding
@@ -43,6 +43,7 @@ from fleetune.coordinator.rounds.orders import Dispatcher, Order, Receipt
 from fleetune.coordinator.rounds.preparation import Preparation
 from fleetune.coordinator.rounds.publication import Publication
 from fleetune.coordinator.rounds.retention import Garbage, Retention, rounds_kept
+from fleetune.coordinator.rounds.uplinks import Uplinks
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
@@ -83,6 +84,8 @@ class _Item:
 
 _Deed = (
     machine.Prepare
+    | machine.PlanRound
+    | machine.SeekSpares
     | machine.WithdrawTask
     | machine.Fold
     | machine.EvaluateHeldout
@@ -92,8 +95,8 @@ _Deed = (
 )
 """Every command but SendTask, which needs to know what else is sent."""
 
-_Assigned = dict[str, Mapping[str, Message]]
-"""Job id -> what its method assigned to the devices of the open round."""
+_Assigned = dict[tuple[str, bool], Mapping[str, Message]]
+"""(job id, whether to measure) -> what its method assigned to the devices of the open round."""
 
 
 class Engine:
@@ -127,6 +130,7 @@ class Engine:
         # One thread folds: it is bound by memory bandwidth, and two folds would only halve each other.
         self._folder = Workers("fold")
         self._disk = Workers("engine-disk", 2)
+        self._planner = Workers("plan")
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._submitting = asyncio.Lock()
@@ -134,6 +138,8 @@ class Engine:
         self.jobs_folder = settings.state_dir / "jobs"
         self.retention = Retention(blobs, database, self.jobs_folder, self._disk, self._all_facts, self._start_unless_closing, monotonic)
         self._fatal: DurabilityError | None = None
+        self.on_committed: Callable[[Batch], None] = _ignore
+        """Hears of each group of events once it is committed, before anything is sent; raises nothing."""
         database.on_broken = self.give_up
         means = Means(
             jobs=self.jobs,
@@ -157,6 +163,8 @@ class Engine:
         self._publication = Publication(means)
         self.admission = Admission(means, registry, self._inspection, self._spawn)
         """What devices send in goes there."""
+        self.uplinks = Uplinks(self.jobs, registry, monotonic, self._set_uplink)
+        """Hears of each upload's beginning and end."""
 
     # -- life
 
@@ -235,8 +243,10 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         await self._host.close()
+        self.uplinks.close()
         self._folder.close()
         self._disk.close()
+        self._planner.close()
 
     # -- what operators ask
 
@@ -393,6 +403,10 @@ class Engine:
         if isinstance(event, machine.Folded):
             # As of now: since the fold ended, another job may have taken a device, or it has left.
             event = replace(event, candidates=self._candidates(job))
+        elif isinstance(event, machine.SparesOffered):
+            event = replace(event, candidates=tuple(c for c in self._candidates(job) if c.device_id in job.machine.figures))
+        elif isinstance(event, machine.Planned):
+            event = replace(event, gone=self._gone(job))
         elif isinstance(event, machine.UpdateDamaged):
             entry = job.machine.open_task(event.task_id)
             event = replace(event, online=entry is not None and entry.device_id in self.registry.sessions)
@@ -404,12 +418,15 @@ class Engine:
             if job.machine.message != message:
                 job.touch()
             return Receipt("accepted")
-        if isinstance(event, machine.UpdateDamaged | machine.StateDamaged) and not commands:
+        if isinstance(event, machine.UpdateDamaged | machine.StateDamaged | machine.Planned) and not commands:
             return Receipt("accepted")  # it was about a lease or a phase that is over
         batch.events.append(records.EventRow(now, job.job_id, event))
         batch.jobs[job.job_id] = job
         batch.commands += [(job, command) for command in commands]
         batch.note(job, event, now)
+        open_round = job.machine.round
+        if isinstance(event, machine.Planned) and event.plan is not None and open_round is not None and open_round.plan is event.plan:
+            job.expect(event.plan, now)
         for command in commands:
             if isinstance(command, machine.CommitRound):
                 batch.rounds.append((job.job_id, command.entry))
@@ -433,6 +450,12 @@ class Engine:
 
     def _candidates(self, job: LiveJob) -> tuple[Candidate, ...]:
         return self.registry.candidates(job.needs, self.busy_devices(), self._monotonic())
+
+    def _gone(self, job: LiveJob) -> frozenset[str]:
+        """Those of the devices that a round is planned over that may not take a task of it any more."""
+        sessions, quarantined = self.registry.sessions, self.registry.quarantined
+        held = (candidate.device_id for candidate in job.machine.held)
+        return frozenset(d for d in held if d not in sessions or not sessions[d].accepts_tasks or d in quarantined)
 
     def busy_devices(self) -> set[str]:
         """Devices that hold an open task of any job."""
@@ -472,6 +495,7 @@ class Engine:
     # -- acting
 
     def _act(self, batch: Batch) -> None:
+        self.on_committed(batch)
         for answer, receipt in batch.answers:
             if not answer.done():
                 answer.set_result(receipt)
@@ -491,6 +515,11 @@ class Engine:
                     self._dispatcher.withdraw(device_id, task_id, reason)
             case machine.Prepare():
                 self._spawn(job, self._preparation.prepare(job), f"prepare {job.job_id}", stage="preparing")
+            case machine.PlanRound():
+                number = job.machine.round.number if job.machine.round is not None else 0
+                self._spawn(job, self._plan_round(job, command), f"plan {job.job_id}/{number}", stage="planning")
+            case machine.SeekSpares(number):
+                self.post(job.job_id, machine.SparesOffered(number, ()))
             case machine.Fold():
                 self._spawn(job, self._folding.fold(job, command), f"fold {job.job_id}/{command.round_number}", stage="folding")
             case machine.EvaluateHeldout(number, state):
@@ -513,16 +542,35 @@ class Engine:
     def _send(self, job: LiveJob, command: machine.SendTask, assigned: _Assigned) -> None:
         if self._dispatcher is None or job.machine.round is None:
             return
-        payload = assigned.get(job.job_id)
+        measures = command.kind == "measure"
+        payload = assigned.get((job.job_id, measures))
         if payload is None:
-            # Once for all tasks of a batch: the method plans for the whole round.
-            devices = sorted(t.device_id for t in job.machine.round.tasks.values() if t.kind == "train")
-            payload = job.method.assign(job.spec, RoundFacts(command.round_number, devices or [command.device_id]))
-            assigned[job.job_id] = payload
+            # Once for all tasks of a batch: the method assigns the whole round.
+            kind, prepared = "measure" if measures else "train", job.machine.prepared
+            devices = sorted(t.device_id for t in job.machine.round.tasks.values() if t.kind == kind)
+            depth_count = len(prepared.blocks) if prepared is not None else 0
+            facts = RoundFacts(command.round_number, devices or [command.device_id], job.machine.round.plan, depth_count)
+            payload = assigned[job.job_id, measures] = job.method.assign(job.spec, facts)
         message = payload.get(command.device_id) or next(iter(payload.values()))
         deadline_s = max(0.1, command.deadline_unix_s - self._wall()) if command.deadline_unix_s > 0 else 0.0
         job.progress[command.task_id] = Progress(moved_monotonic_s=self._monotonic())
-        self._dispatcher.send_task(Order(command, job, message, deadline_s))
+        self.uplinks.handed_out(command.task_id)
+        uplink_bits_per_s = command.part.uplink_bits_per_s if command.part is not None else 0.0
+        self._dispatcher.send_task(Order(command, job, message, deadline_s, uplink_bits_per_s))
+
+    async def _plan_round(self, job: LiveJob, command: machine.PlanRound) -> None:
+        """Beside the loop: a thousand devices take a good part of a second."""
+        began_s = self._monotonic()
+        made = await self._planner.run(planning.plan_round, command.request)
+        log.debug("job=%s planned devices=%d seconds=%.3f", job.job_id, len(command.request.candidates), self._monotonic() - began_s)
+        if isinstance(made, str):
+            self.post(job.job_id, machine.Planned(command.asked, None, made))
+        else:
+            self.post(job.job_id, machine.Planned(command.asked, made))
+
+    def _set_uplink(self, device_id: str, task_id: str, bits_per_s: float) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.set_uplink(device_id, task_id, bits_per_s)
 
     def _all_facts(self) -> list[JobFacts]:
         return [job.facts for job in self.jobs.values()]
@@ -649,6 +697,10 @@ class Engine:
 def _remembered(connection: Connection, job: LiveJob) -> History:
     """What the job's stored rounds leave in memory."""
     return History.of(records.load_rounds(connection, job.job_id), needs.kept_numbers(job.machine, job.keep_rounds))
+
+
+def _ignore(batch: Batch) -> None:
+    return
 
 
 def _is_full(error: OperationalError) -> bool:

@@ -75,7 +75,7 @@ class Folding:
 
     def _fold_now(self, job: LiveJob, command: machine.Fold, out: Path, out_optimizer: Path) -> aggregate.FoldResult:
         """On the fold thread."""
-        server = job.method.fold(job.spec)
+        server = job.method.fold(job.spec, command.round_number)
         plan = aggregate.FoldPlan(
             base_state=self._means.blobs.path(command.state.digest),
             contributions=tuple(

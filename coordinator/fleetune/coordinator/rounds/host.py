@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast, get_args
 
 from fleetune.child.process import ChildDied, ChildError, ChildProcess, OnEvent
-from fleetune.coordinator.domain import Blob, Evaluation, Failure, FailureKind, Prepared
+from fleetune.coordinator.domain import Blob, DepthBlock, Evaluation, Failure, FailureKind, Prepared
 from fleetune.errors import FleetuneError
 from fleetune.v1 import messages_pb2
+from fleetune.wire import codec
 
 MODULE = "fleetune.coordinator.modelhost"
 
@@ -56,6 +58,7 @@ class ModelHost:
             adapter_config=(out / "adapter_config.json").read_text(encoding="utf-8"),
             parameters=_int(answer["parameters"]),
             trainable_parameters=_int(answer["trainable_parameters"]),
+            blocks=_blocks(answer, codec.read_table(out / "adapter_model.safetensors")),
         )
         return prepared, out
 
@@ -111,6 +114,17 @@ class ModelHost:
 
 def encode(message: messages_pb2.Recipe) -> str:
     return base64.b64encode(message.SerializeToString()).decode("ascii")
+
+
+def _blocks(answer: Mapping[str, object], table: codec.TensorTable) -> tuple[DepthBlock, ...]:
+    """By depth from the loss; the host tells them as the layers are counted, the head last."""
+    groups = cast("list[list[str]]", answer.get("blocks") or [])
+    names = cast("list[str]", answer.get("block_names") or [f"block.{number}" for number in range(len(groups))])
+    found = [
+        DepthBlock(name, tuple(tensors), sum(math.prod(table.by_name[tensor].shape) for tensor in tensors))
+        for name, tensors in zip(names, groups, strict=True)
+    ]
+    return tuple(reversed(found))
 
 
 def _int(value: object) -> int:

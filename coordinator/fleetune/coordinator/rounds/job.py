@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from fleetune.coordinator.domain import ENDED
+from fleetune.coordinator.domain import ENDED, PlanSettings, RoundPlan
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Method
+from fleetune.coordinator.methods.table import METHODS
 from fleetune.coordinator.registry import Needs
 from fleetune.coordinator.rounds.history import History
 from fleetune.coordinator.rounds.machine import JobMachine, JobPlan
@@ -41,6 +42,8 @@ class LiveJob:
     machine: JobMachine
     history: History = field(default_factory=History)
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
+    predicted_round: tuple[int, float] | None = None
+    """A round, and the seconds that its plan expects from its opening to its commit; set where a plan tells, for the metrics to compare."""
     table: TensorTable | None = None
     keep_rounds: int = 3
     """Rounds kept beside the best: as configured, or fewer where an operator has trimmed it."""
@@ -74,6 +77,17 @@ class LiveJob:
         """What is to be known of it to tell what it stands on."""
         return JobFacts(self.job_id, self.machine, self.history, self.keep_rounds)
 
+    def expect(self, plan: RoundPlan, now: float) -> None:
+        """Note what the open round's plan predicts of it, from its opening on: what it has taken so far, its training, and what the last
+        round took after its training."""
+        entry, last = self.machine.round, self.history.last
+        assert entry is not None
+        after_s = 0.0
+        if last is not None and last.training_since_unix_s > 0:
+            sent = [task.update.ready_s + task.update.sent_s for task in last.trained() if task.update]
+            after_s = max(0.0, last.ended_unix_s - last.training_since_unix_s - max(sent, default=0.0))
+        self.predicted_round = (entry.number, now - entry.started_unix_s + plan.round_s + after_s)
+
     def touch(self) -> None:
         """Wake those who watch."""
         self.version += 1
@@ -100,4 +114,24 @@ def plan_of(job_id: str, spec: JobSpec, absent_grace_s: float) -> JobPlan:
         patience=spec.rounds.early_stop_patience,
         min_delta=spec.rounds.early_stop_min_delta,
         absent_grace_s=absent_grace_s,
+        planning=plan_settings(spec) if METHODS[spec.method.name].plans else None,
+    )
+
+
+def plan_settings(spec: JobSpec) -> PlanSettings:
+    """How a job file wants its rounds planned."""
+    method = spec.method
+    steps = spec.training.steps if method.payload == "deltas" else 1
+    return PlanSettings(
+        layout=method.layout,
+        solver=method.solver,
+        layers_per_block=method.layers_per_block,
+        resource=method.resource,
+        uplink_bits_per_s=method.uplink_mbps * 1e6,
+        rotate_rounds=method.rotate_rounds,
+        deadline_factor=method.deadline_factor,
+        spares=method.spares,
+        passes=max(1, steps) * spec.training.gradient_accumulation,
+        rows=spec.training.batch_size,
+        value_bits=32 if method.update_dtype == "float32" else 16,
     )

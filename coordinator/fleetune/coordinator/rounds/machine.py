@@ -4,6 +4,9 @@
        ^                      ^___________ paused ___________|
        |____________________________________| resumed while as many jobs run as may
 
+Rounds of a method that plans begin with "measuring": devices whose figures are not known tell them, then the round's plan is asked for
+(`PlanRound`, answered by `Planned`), and only the devices in it train.
+
 Everything that happens to a job reaches `JobMachine.handle` as an event with the time it happened; what is to be done about it
 comes back as commands, which the engine carries out only after the new state is committed. All of a machine's state is plain
 data (`snapshot` / `restore`), so that a restarted coordinator goes on with the open round.
@@ -14,33 +17,50 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fleetune.coordinator.domain import (
     ENDED,
     LASTING,
     Blob,
     Candidate,
+    DeviceFigures,
     Evaluation,
     EvaluationSource,
     Failure,
     FoldOutcome,
     JobStatus,
     Metrics,
+    PlannedPart,
+    PlanRequest,
+    PlanSettings,
     Prepared,
     RoundEntry,
+    RoundPlan,
     TaskEntry,
     TaskKind,
     TaskStatus,
     Update,
 )
-from fleetune.coordinator.rounds import normbound
+from fleetune.coordinator.rounds import normbound, timing
 
 ROUND_ATTEMPTS = 5
 """A round that misses its quorum is opened again this often before the job fails."""
 
 DEVICE_FAILURES = 3
 """Failures in a row after which a device gets no more tasks of this job."""
+
+MEASURING_S = 1800.0
+"""A round waits so long for devices to tell how fast they train, whatever its deadline: the base may have to be fetched first."""
+
+PLAN_SLACK_S = 5.0
+"""Added to a deadline by the plan: a short round's prediction is off by more than a part of itself."""
+
+FIRST_SLACK_S = 300.0
+"""The same where a device has no update of this job in yet: it may have to fetch the base, and to load the model."""
+
+PLAN_AGAIN_S = 30.0
+"""A fleet that cannot train any block is looked at again after this; sooner where other devices are ready."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
@@ -70,6 +90,8 @@ class JobPlan:
     absent_grace_s: float
     update_norm_bound: float = 0.0
     """An update's largest norm as a multiple of the last rounds' median; 0 is no bound."""
+    planning: PlanSettings | None = None
+    """How rounds are planned; None: every device that is asked does the same."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +159,32 @@ class StateDamaged:
 class EvaluationArrived:
     task_id: str
     evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class FiguresArrived:
+    """What a measure task has found."""
+
+    task_id: str
+    figures: DeviceFigures
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The answer to `PlanRound` of this number: a plan, or why there is none. `gone` are those that it was made over and that have left."""
+
+    asked: int
+    plan: RoundPlan | None
+    reason: str = ""
+    gone: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class SparesOffered:
+    """The answer to `SeekSpares`: devices that are free as of now."""
+
+    round_number: int
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -218,6 +266,9 @@ Event = (
     | UpdateDamaged
     | StateDamaged
     | EvaluationArrived
+    | FiguresArrived
+    | Planned
+    | SparesOffered
     | TaskFailed
     | TaskRefused
     | DeviceOffline
@@ -249,6 +300,23 @@ class SendTask:
     lease: int
     state: Blob
     deadline_unix_s: float
+    part: PlannedPart | None = None
+    """What the round's plan says of it; None for tasks without a plan."""
+
+
+@dataclass(frozen=True)
+class PlanRound:
+    """Decide who trains what, and answer with `Planned`."""
+
+    asked: int
+    request: PlanRequest
+
+
+@dataclass(frozen=True)
+class SeekSpares:
+    """A device has dropped out of a planned round: say which ones are free, with `SparesOffered`."""
+
+    round_number: int
 
 
 @dataclass(frozen=True)
@@ -301,7 +369,7 @@ class EndJob:
     status: JobStatus
 
 
-Command = Prepare | SendTask | WithdrawTask | Fold | EvaluateHeldout | CommitRound | AbandonRound | EndJob
+Command = Prepare | SendTask | PlanRound | SeekSpares | WithdrawTask | Fold | EvaluateHeldout | CommitRound | AbandonRound | EndJob
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------------------
@@ -312,7 +380,7 @@ class JobMachine:
     """State of one job and the rules by which it changes. Written only through `handle`.
 
     Invariants (`validate`): `round` is set exactly while a round is open; a task is in `round.tasks` under its own id; leases
-    only grow; an ended job has no open round.
+    only grow; an ended job has no open round; a planned round trains exactly what its plan says, each device once.
     """
 
     plan: JobPlan
@@ -336,6 +404,8 @@ class JobMachine:
     """Device id -> why it gets no more train tasks of this job."""
     norms: list[list[float]] = field(default_factory=list[list[float]])
     """Norms of the delta updates of the last committed rounds, a list for each round."""
+    block_norms: dict[str, list[list[float]]] = field(default_factory=dict[str, list[list[float]]])
+    """The same of planned rounds, by the blocks trained: those of the last rounds in which these were a device's part."""
     offences: dict[str, int] = field(default_factory=dict[str, int])
     """Device id -> updates of this job that were beyond the bound."""
     quarantined: dict[str, str] = field(default_factory=dict[str, str])
@@ -344,6 +414,28 @@ class JobMachine:
     """Device id -> why it gets no more evaluate tasks of this job."""
     last_failure: Failure | None = None
     last_failure_device: str = ""
+    figures: dict[str, DeviceFigures] = field(default_factory=dict[str, DeviceFigures])
+    """Device id -> what it last told of itself on this job's model; for plans."""
+    extra_s: dict[str, float] = field(default_factory=dict[str, float])
+    """Device id -> by how much later than its figures say its uploads begin, seconds; a moving average."""
+    depths_failed: dict[str, int] = field(default_factory=dict[str, int])
+    """Device id -> the shallowest depth for which its memory was not enough, whatever its figures say."""
+    held: tuple[Candidate, ...] = ()
+    """Devices that the open round may be planned over; none once it is planned."""
+    plans_asked: int = 0
+    """Number of the last `PlanRound`: answers to older ones are not taken."""
+    seeking: list[str] = field(default_factory=list[str])
+    """Train tasks of the open round that have failed, and for which a spare is sought."""
+    depth_rounds: list[int] = field(default_factory=list[int])
+    """By depth: the last committed round in which it was trained; 0 before the first."""
+    turns: list[dict[int, str]] = field(default_factory=list[dict[int, str]])
+    """For the last committed rounds in blocks: depth -> device id, as many as the rotation looks back."""
+    unplannable: tuple[str, ...] = ()
+    """Devices with which no plan was found at the last attempt."""
+    no_plan: str = ""
+    """Why not, for a person."""
+    retry_unix_s: float = 0.0
+    """When that is tried again with the same devices."""
     waiting_since_unix_s: float = 0.0
     paused: bool = False
     started_unix_s: float = 0.0
@@ -358,13 +450,16 @@ class JobMachine:
         """Devices that hold an open task of this job."""
         if self.round is None:
             return set()
-        return {task.device_id for task in self.round.tasks.values() if task.status == "assigned"}
+        planning_over = {candidate.device_id for candidate in self.held}
+        return planning_over | {task.device_id for task in self.round.tasks.values() if task.status == "assigned"}
 
     def next_deadline_unix_s(self) -> float | None:
         """When `Ticked` is worth sending next."""
         times: list[float] = []
         if self.status == "waiting" and self.plan.wait_s > 0:
             times.append(self.waiting_since_unix_s + self.plan.wait_s)
+        if self.status == "waiting" and self.retry_unix_s > 0:
+            times.append(self.retry_unix_s)
         # Only open tasks have something to miss: a fold or a held-out evaluation goes on past the devices' deadline.
         waited_for = [task for task in self.round.tasks.values() if task.status == "assigned"] if self.round is not None else []
         if self.round is not None and waited_for:
@@ -373,11 +468,16 @@ class JobMachine:
             times += [t.offline_since_unix_s + self.plan.absent_grace_s for t in waited_for if t.offline_since_unix_s > 0]
         return min(times) if times else None
 
-    def objection(self, update: Update) -> Failure | None:
+    def objection(self, update: Update, device_id: str = "") -> Failure | None:
         """Why an update of the open round must not be folded; it then comes as TaskFailed. The same whatever else has arrived."""
         if self.round is None or update.kind != "delta":
             return None
-        wrong = normbound.objection(update.norm, self.round.norm_limit, self.plan.update_norm_bound)
+        limit = self.round.norm_limit
+        if self.round.plan is not None:
+            part = self.round.plan.part_of(device_id)
+            before = self.block_norms.get(normbound.blocks_key(part.depths), []) if part is not None else []
+            limit = normbound.limit(before, self.plan.update_norm_bound)
+        wrong = normbound.objection(update.norm, limit, self.plan.update_norm_bound)
         return Failure("norm", "upload", wrong) if wrong else None
 
     def wants_devices(self) -> bool:
@@ -416,6 +516,12 @@ class JobMachine:
                 return self._fold_again() if self.round is not None and self.round.number == round_number else []
             case EvaluationArrived(task_id, evaluation):
                 return self._accept_evaluation(task_id, evaluation, now)
+            case FiguresArrived(task_id, figures):
+                return self._accept_figures(task_id, figures, now)
+            case Planned(asked, plan, reason, gone):
+                return self._accept_plan(asked, plan, reason, gone, now)
+            case SparesOffered(round_number, candidates):
+                return self._take_spares(round_number, candidates, now)
             case TaskFailed(task_id, failure):
                 return self._fail_task(task_id, failure, now)
             case TaskRefused(task_id, reason):
@@ -475,6 +581,10 @@ class JobMachine:
             if self.excluded:
                 self.message += f"; {len(self.excluded)} get no more tasks of this job after failing"
             return []
+        ids = tuple(candidate.device_id for candidate in usable)
+        if self.retry_unix_s > now and ids == self.unplannable:
+            self.message = self.no_plan  # nothing has changed since
+            return []
         number = self.committed + 1
         asked = usable
         if 0 < self.plan.per_round < len(usable):
@@ -484,7 +594,183 @@ class JobMachine:
         deadline = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
         norm_limit = normbound.limit(self.norms, self.plan.update_norm_bound)
         self.round = RoundEntry(number, "training", now, deadline, start_state=self.state, norm_limit=norm_limit)
-        return self._assign(asked, "train", self.state, now)
+        if self.plan.planning is None:
+            return self._assign(asked, "train", self.state, now)
+        self.unplannable, self.retry_unix_s = ids, 0.0
+        self.round.phase, self.held = "measuring", tuple(sorted(asked, key=lambda c: c.device_id))
+        self.round.deadline_unix_s = now + MEASURING_S
+        unknown = [candidate for candidate in asked if candidate.device_id not in self.figures]
+        return self._assign(unknown, "measure", self.state, now) if unknown else self._ask_for_plan()
+
+    # -- planned rounds
+
+    def _accept_figures(self, task_id: str, figures: DeviceFigures, now: float) -> list[Command]:
+        entry = self.open_task(task_id)
+        if entry is None or entry.status != "assigned" or entry.kind != "measure":
+            return []
+        if wrong := self._misfit(figures):
+            return self._fail_task(task_id, Failure("model", "measure", wrong), now)
+        entry.status, entry.offline_since_unix_s = "done", 0.0
+        self.figures[entry.device_id] = figures
+        self.failures_in_row.pop(entry.device_id, None)
+        return self._close_if_settled(now)
+
+    def _misfit(self, figures: DeviceFigures) -> str:
+        """Why these figures cannot be of this job's model, or an empty string."""
+        depths = len(self.prepared.blocks) if self.prepared is not None else 0
+        if len(figures.step_s) == len(figures.step_bytes) == depths:
+            return ""
+        return (
+            f"the device tells of {len(figures.step_s)} times and {len(figures.step_bytes)} sizes of steps, and the model has {depths} "
+            "depths; install matching versions."
+        )
+
+    def _ask_for_plan(self) -> list[Command]:
+        """Over the devices of the round whose figures are known."""
+        assert self.round is not None and self.plan.planning is not None and self.prepared is not None
+        known = tuple(candidate for candidate in self.held if candidate.device_id in self.figures)
+        self.held, self.plans_asked = known, self.plans_asked + 1
+        trained = self.depth_rounds or [0] * len(self.prepared.blocks)
+        request = PlanRequest(
+            settings=self.plan.planning,
+            round_number=self.round.number,
+            seed=self.plan.seed,
+            blocks=self.prepared.blocks,
+            state_bytes=self._start_state().size_bytes,
+            candidates=known,
+            figures={candidate.device_id: self._known_figures(candidate.device_id) for candidate in known},
+            extra_s={device_id: self.extra_s[device_id] for device_id in (c.device_id for c in known) if device_id in self.extra_s},
+            untrained_rounds=tuple(self.committed - number for number in trained),
+            turns=tuple(dict(turn) for turn in self.turns),
+        )
+        return [PlanRound(self.plans_asked, request)]
+
+    def _known_figures(self, device_id: str) -> DeviceFigures:
+        return timing.short_of(self.figures[device_id], self.depths_failed.get(device_id, 0))
+
+    def _close_measuring(self, now: float) -> list[Command]:
+        """All have told, or are not waited for any more."""
+        assert self.round is not None
+        known = [candidate for candidate in self.held if candidate.device_id in self.figures]
+        if len(known) >= max(1, self.plan.minimum):
+            return self._ask_for_plan()
+        reason = f"round {self.round.number}: {len(known)} of {len(self.held)} devices told how fast they train"
+        return self._give_up_round(f"{reason}, at least {self.plan.minimum} are needed", now)
+
+    def _accept_plan(self, asked: int, plan: RoundPlan | None, reason: str, gone: frozenset[str], now: float) -> list[Command]:
+        if self.round is None or self.round.phase != "measuring" or asked != self.plans_asked or self._has_open_tasks():
+            return []
+        here = tuple(candidate for candidate in self.held if candidate.device_id not in gone)
+        if len(here) < self.plan.minimum:
+            return self._go_back_to_waiting(f"round {self.round.number}: too few of its devices stayed until it was planned", now)
+        if plan is None:
+            self.retry_unix_s, self.no_plan = now + PLAN_AGAIN_S, f"waits for other devices: {reason}"
+            return self._go_back_to_waiting(self.no_plan, now, waiting=True)
+        if any(part.device_id in gone for part in plan.parts):
+            self.held = here
+            return self._ask_for_plan()
+        names = {candidate.device_id: candidate for candidate in self.held}
+        self.round.phase, self.round.plan, self.round.training_since_unix_s = "training", plan, now
+        self.held = ()
+        self.round.deadline_unix_s = self._planned_deadline(now)
+        return self._assign([names[part.device_id] for part in plan.parts], "train", self._start_state(), now)
+
+    def _planned_deadline(self, now: float) -> float:
+        """For training that begins now; 0 is none."""
+        assert self.round is not None
+        bounds = [self.plan.deadline_s] if self.plan.deadline_s > 0 else []
+        if self.round.plan is not None and self.plan.planning is not None and self.plan.planning.deadline_factor > 0:
+            warm = all(part.device_id in self.extra_s for part in self.round.plan.parts)
+            # A prediction that has failed so badly that the round did is not to be trusted the same way again.
+            factor = self.plan.planning.deadline_factor * 2.0**self.setbacks
+            bounds.append(factor * self.round.plan.round_s + (PLAN_SLACK_S if warm else FIRST_SLACK_S))
+        return now + min(bounds) if bounds else 0.0
+
+    def _has_open_tasks(self) -> bool:
+        return self.round is not None and any(task.status == "assigned" for task in self.round.tasks.values())
+
+    def _go_back_to_waiting(self, message: str, now: float, *, waiting: bool = False) -> list[Command]:
+        """The round ends before anybody has trained, by nobody's fault. `waiting`: the job has waited since before it was opened."""
+        assert self.round is not None
+        entry, self.round, self.held = self.round, None, ()
+        self.attempts += 1
+        since = self.waiting_since_unix_s
+        self._wait(message, now)
+        if waiting:
+            self.waiting_since_unix_s = since
+        return [AbandonRound(entry, message)]
+
+    def _take_spares(self, number: int, candidates: Sequence[Candidate], now: float) -> list[Command]:
+        """Idle devices take over what has dropped out, where they can still be in time; the rest of it is left out of this round."""
+        if self.round is None or self.round.number != number or not self.seeking:
+            return []
+        commands: list[Command] = []
+        lost, self.seeking = self.seeking, []
+        for task_id in lost:
+            spare = self._spare_for(self.round.tasks[task_id], candidates, now)
+            if spare is not None:
+                commands += self._assign([spare], "train", self._start_state(), now)
+        return commands + self._close_if_settled(now)
+
+    def _spare_for(self, lost: TaskEntry, candidates: Sequence[Candidate], now: float) -> Candidate | None:
+        """The device that is done first with what `lost` was to do; its part is in the plan then."""
+        round_, settings, prepared = self.round, self.plan.planning, self.prepared
+        assert round_ is not None and round_.plan is not None and settings is not None and prepared is not None
+        part = round_.plan.part_of(lost.device_id)
+        assert part is not None
+        bits = math.fsum(timing.payload_bits(prepared.blocks[depth - 1], settings) for depth in part.depths)
+        until_s = round_.deadline_unix_s - round_.training_since_unix_s if round_.deadline_unix_s > 0 else 0.0
+        found = timing.taken_over(
+            part,
+            [c for c in candidates if c.trains and c.device_id not in self.excluded and round_.plan.part_of(c.device_id) is None],
+            {c.device_id: self._known_figures(c.device_id) for c in candidates if c.device_id in self.figures},
+            self.extra_s,
+            bits,
+            settings,
+            self._start_state().size_bytes,
+            now - round_.training_since_unix_s,
+            until_s,
+        )
+        if found is None:
+            return None
+        spare = next(candidate for candidate in candidates if candidate.device_id == found.device_id)
+        idle = tuple(device_id for device_id in round_.plan.idle_devices if device_id != spare.device_id)
+        names = tuple(name for name in round_.plan.idle_names if name != spare.name)
+        round_.plan = replace(round_.plan, parts=(*round_.plan.parts, found), idle_devices=idle, idle_names=names)
+        return spare
+
+    def _note_norms(self, entry: RoundEntry) -> None:
+        """The norms of a committed round's deltas; in a planned one, of those of the same blocks each by themselves."""
+        deltas = [(task, task.update.norm) for task in entry.trained() if task.update and task.update.kind == "delta"]
+        if entry.plan is None:
+            self.norms = [*self.norms, [norm for _, norm in deltas]][-normbound.ROUNDS :]
+            return
+        of_round: dict[str, list[float]] = {}
+        for task, norm in deltas:
+            part = entry.plan.part_of(task.device_id)
+            if part is not None:
+                of_round.setdefault(normbound.blocks_key(part.depths), []).append(norm)
+        for key, norms in of_round.items():
+            self.block_norms[key] = [*self.block_norms.get(key, []), norms][-normbound.ROUNDS :]
+
+    def _learn(self, entry: RoundEntry) -> None:
+        """What a committed planned round says for the next plans."""
+        if entry.plan is None or self.plan.planning is None or self.prepared is None:
+            return
+        done = {task.device_id for task in entry.trained()}
+        trained = {depth for part in entry.plan.parts if part.device_id in done for depth in part.depths}
+        before = self.depth_rounds or [0] * len(self.prepared.blocks)
+        self.depth_rounds = [entry.number if depth in trained else number for depth, number in enumerate(before, 1)]
+        back = self.plan.planning.rotate_rounds
+        if entry.plan.layout == "blocks" and back > 0:
+            turn = {depth: part.device_id for part in entry.plan.parts if part.device_id in done for depth in part.depths}
+            self.turns = [*self.turns, turn][-back:]
+
+    def _start_state(self) -> Blob:
+        assert self.round is not None and self.round.start_state is not None
+        return self.round.start_state
+
+    # -- tasks
 
     def _assign(self, devices: Sequence[Candidate], kind: TaskKind, state: Blob, now: float) -> list[Command]:
         assert self.round is not None
@@ -501,14 +787,25 @@ class JobMachine:
 
     def _send(self, entry: TaskEntry, state: Blob) -> SendTask:
         assert self.round is not None
-        return SendTask(entry.task_id, entry.device_id, entry.kind, self.round.number, entry.lease, state, self.round.deadline_unix_s)
+        part = self.round.plan.part_of(entry.device_id) if self.round.plan is not None and entry.kind == "train" else None
+        return SendTask(entry.task_id, entry.device_id, entry.kind, self.round.number, entry.lease, state, self.round.deadline_unix_s, part)
 
     def _accept_update(self, task_id: str, update: Update, now: float) -> list[Command]:
         entry = self.open_task(task_id)
         if entry is None or entry.status != "assigned" or entry.kind != "train":
             return []
-        entry.status, entry.update, entry.offline_since_unix_s = "done", update, 0.0
+        entry.status, entry.update, entry.offline_since_unix_s = "done", replace(update, figures=None), 0.0
         self.failures_in_row.pop(entry.device_id, None)
+        if self.round is not None and self.round.plan is not None:
+            if update.figures is not None and not self._misfit(update.figures):
+                self.figures[entry.device_id] = update.figures
+            part = self.round.plan.part_of(entry.device_id)
+            late_s = entry.assigned_unix_s - self.round.training_since_unix_s
+            before_s = self.extra_s.get(entry.device_id)
+            if before_s is None:  # loading the model is in its first time, and in no other
+                self.extra_s[entry.device_id] = 0.0
+            elif part is not None and part.ready_s > late_s:  # else it was given again long after
+                self.extra_s[entry.device_id] = timing.later_by(before_s, part.ready_s - late_s, update.ready_s)
         return self._close_if_settled(now)
 
     def _take_back(self, task_id: str, lease: int, online: bool, now: float) -> list[Command]:
@@ -522,9 +819,9 @@ class JobMachine:
         entry.status, entry.update, entry.lease, entry.assigned_unix_s = "assigned", None, self.lease, now
         entry.offline_since_unix_s = 0.0 if online else now
         self.round.phase = "training"
-        if self.plan.deadline_s > 0:
+        if (deadline := self._planned_deadline(now)) > 0:
             # That the disk failed is not the device's fault: it gets the time that the task had at first.
-            self.round.deadline_unix_s = now + self.plan.deadline_s
+            self.round.deadline_unix_s = deadline
         return [self._send(entry, self._state_of(entry))]
 
     def _fold_again(self) -> list[Command]:
@@ -557,6 +854,8 @@ class JobMachine:
             if failure.kind in LASTING:
                 self.unmeasured[entry.device_id] = failure.message
             return self._settle(task_id, "failed", failure.message, now)
+        if failure.kind == "out_of_memory" and entry.kind == "train" and (depths := self._depths_of(entry)):
+            self.depths_failed[entry.device_id] = min(depths[-1], self.depths_failed.get(entry.device_id, depths[-1]))
         row = self.failures_in_row.get(entry.device_id, 0) + 1
         self.failures_in_row[entry.device_id] = row
         if failure.kind in LASTING or row >= DEVICE_FAILURES:
@@ -578,7 +877,17 @@ class JobMachine:
         if entry is None or entry.status != "assigned":
             return []
         entry.status, entry.reason = status, reason
-        return self._close_if_settled(now)
+        return self._drop_out([entry]) + self._close_if_settled(now)
+
+    def _drop_out(self, entries: Sequence[TaskEntry]) -> list[Command]:
+        """Train tasks of a planned round that will not be done by whom the plan says: somebody else may take them over."""
+        if self.round is None or self.round.plan is None or self.plan.planning is None or not self.plan.planning.spares:
+            return []
+        lost = [entry.task_id for entry in entries if entry.kind == "train"]
+        if not lost:
+            return []
+        self.seeking += lost
+        return [SeekSpares(self.round.number)]
 
     def _note_offline(self, device_id: str, now: float) -> list[Command]:
         for entry in self._open_tasks_of(device_id):
@@ -599,7 +908,7 @@ class JobMachine:
 
     def _state_of(self, entry: TaskEntry) -> Blob:
         assert self.round is not None
-        state = self.round.start_state if entry.kind == "train" else self.round.state
+        state = self.round.state if entry.kind == "evaluate" else self.round.start_state
         assert state is not None
         return state
 
@@ -611,9 +920,12 @@ class JobMachine:
     def _tick(self, now: float) -> list[Command]:
         if self.status == "waiting" and 0 < self.plan.wait_s <= now - self.waiting_since_unix_s:
             return self._end("failed", f"{self.message or 'waits for devices'}; gave up after devices.wait_s = {self.plan.wait_s:g} s", now)
-        if self.round is None or self.round.phase not in ("training", "evaluating"):
+        if self.status == "waiting" and 0 < self.retry_unix_s <= now:
+            self.retry_unix_s = 0.0
+        if self.round is None or self.round.phase not in ("measuring", "training", "evaluating"):
             return []
         commands: list[Command] = []
+        dropped: list[TaskEntry] = []
         over = 0 < self.round.deadline_unix_s <= now
         for entry in list(self.round.tasks.values()):
             if entry.status != "assigned":
@@ -623,24 +935,39 @@ class JobMachine:
                 entry.status = "missed"
                 entry.reason = "not back by the round's deadline" if over else f"offline for more than {self.plan.absent_grace_s:g} s"
                 commands.append(WithdrawTask(entry.task_id, entry.device_id, entry.reason))
-        return commands + self._close_if_settled(now) if commands else []
+                dropped.append(entry)
+        if not commands:
+            return []
+        # After the deadline nobody can be in time any more.
+        commands += [] if over else self._drop_out(dropped)
+        return commands + self._close_if_settled(now)
 
     def _close_if_settled(self, now: float) -> list[Command]:
         """Close the phase once no task is open any more."""
         assert self.round is not None
-        kind: TaskKind = "train" if self.round.phase == "training" else "evaluate"
+        kind = _KINDS[self.round.phase]
         tasks = [task for task in self.round.tasks.values() if task.kind == kind]
-        if any(task.status == "assigned" for task in tasks):
+        if any(task.status == "assigned" for task in tasks) or self.seeking:
             return []
+        if self.round.phase == "measuring":
+            return self._close_measuring(now)
         if self.round.phase == "evaluating":
             return self._commit_device_means(tasks, now)
-        asked = len(tasks)
-        done = self.round.trained()
+        asked, done, what = len(tasks), len(self.round.trained()), "devices sent an update"
+        if self.round.plan is not None:
+            # A block counts, whoever has trained it; it may have been given to a second device.
+            blocks = self.round.plan.depths()
+            asked, what = len(blocks), "blocks were trained"
+            done = len({depth for task in self.round.trained() for depth in self._depths_of(task)} & blocks)
         needed = max(1, math.ceil(self.plan.quorum * asked - 1e-9))
-        if len(done) < needed:
-            return self._abandon(len(done), needed, asked, now)
+        if done < needed:
+            return self._give_up_round(f"round {self.round.number}: {done} of {asked} {what}, the quorum is {needed}", now)
         self.round.phase = "folding"
         return [self._fold_command()]
+
+    def _depths_of(self, task: TaskEntry) -> tuple[int, ...]:
+        part = self.round.plan.part_of(task.device_id) if self.round is not None and self.round.plan is not None else None
+        return part.depths if part is not None else ()
 
     def _fold_command(self) -> Fold:
         assert self.round is not None and self.round.start_state is not None
@@ -649,10 +976,11 @@ class JobMachine:
         )
         return Fold(self.round.number, self.round.start_state, self.optimizer, contributions)
 
-    def _abandon(self, done: int, needed: int, asked: int, now: float) -> list[Command]:
+    def _give_up_round(self, reason: str, now: float) -> list[Command]:
+        """Too little came of it: it is opened again, a few times."""
         assert self.round is not None
-        entry, self.round = self.round, None
-        reason = f"round {entry.number}: {done} of {asked} devices sent an update, the quorum is {needed}"
+        others = self.round.plan.idle_devices if self.round.plan is not None else [candidate.device_id for candidate in self.held]
+        entry, self.round, self.held = self.round, None, ()
         told = [f"{t.device_name}: {t.reason}" for t in entry.tasks.values() if t.status in ("failed", "refused", "missed")]
         if told:
             reason += " (" + "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "") + ")"
@@ -660,7 +988,7 @@ class JobMachine:
         if any(task.status in ("failed", "missed") for task in entry.tasks.values()):
             self.setbacks += 1
         commands: list[Command] = [AbandonRound(entry, reason)]
-        hopeless = all(task.device_id in self.excluded for task in entry.tasks.values())
+        hopeless = all(device_id in self.excluded for device_id in (*(task.device_id for task in entry.tasks.values()), *others))
         if hopeless or self.setbacks >= ROUND_ATTEMPTS:
             return commands + self._end("failed", reason, now)
         self._wait(f"{reason}; waits to open the round again", now)
@@ -696,8 +1024,8 @@ class JobMachine:
         entry.phase, entry.metrics, entry.evaluation_rows, entry.ended_unix_s = "committed", dict(metrics), rows, now
         self.state, self.optimizer = entry.state, entry.optimizer
         self.committed, self.attempts, self.setbacks = entry.number, 0, 0
-        deltas = [task.update.norm for task in entry.trained() if task.update and task.update.kind == "delta"]
-        self.norms = [*self.norms, deltas][-normbound.ROUNDS :]
+        self._learn(entry)
+        self._note_norms(entry)
         commands: list[Command] = [CommitRound(entry)]
         stop = self._judge(entry)
         if stop or entry.number >= self.plan.rounds:
@@ -755,6 +1083,9 @@ class JobMachine:
             return []
         if self.round.phase == "folding":
             return [self._fold_command()]
+        if self.round.phase == "measuring" and not self._has_open_tasks():
+            # It was about to be planned, over devices that are not connected now.
+            return self._go_back_to_waiting(f"round {self.round.number}: the coordinator was restarted before it was planned", now)
         if state_damaged and self.round.phase == "evaluating":
             return self._fold_again()
         if self.round.phase == "evaluating" and self.plan.evaluation == "heldout":
@@ -766,7 +1097,7 @@ class JobMachine:
         if self.round.deadline_unix_s > 0:
             # The time that the coordinator was down is not the devices' fault: their results may lie ready.
             self.round.deadline_unix_s = max(self.round.deadline_unix_s, now + self.plan.absent_grace_s)
-        return []
+        return [SeekSpares(self.round.number)] if self.seeking else []
 
     def _end(self, status: JobStatus, message: str, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -776,7 +1107,7 @@ class JobMachine:
                     entry.status, entry.reason = "missed", f"job {status}"
                     commands.append(WithdrawTask(entry.task_id, entry.device_id, f"job {self.plan.job_id} is {status}"))
             commands.append(AbandonRound(self.round, message))
-            self.round = None
+            self.round, self.held, self.seeking = None, (), []
         self.status, self.message, self.ended_unix_s = status, message, now
         return [*commands, EndJob(status)]
 
@@ -787,9 +1118,32 @@ class JobMachine:
             assert self.round.number == self.committed + 1, (self.round.number, self.committed)
             assert all(key == task.task_id and task.lease <= self.lease for key, task in self.round.tasks.items())
             if self.round.phase == "training":
-                assert any(task.status == "assigned" for task in self.round.tasks.values()), "a settled round must close"
+                assert self.seeking or any(task.status == "assigned" for task in self.round.tasks.values()), "a settled round must close"
             else:
                 assert not any(t.status == "assigned" and t.kind == "train" for t in self.round.tasks.values()), "training is over"
+        self._validate_planning()
+
+    def _validate_planning(self) -> None:
+        entry = self.round
+        planned = self.plan.planning is not None
+        measuring = entry is not None and entry.phase == "measuring"
+        assert planned or not (measuring or self.held or self.seeking or (entry is not None and entry.plan is not None)), "it does not plan"
+        assert not self.held or measuring, "devices are held for a plan only"
+        assert not self.seeking or (entry is not None and entry.phase == "training"), "spares are sought while others train only"
+        if entry is None or not planned:
+            return
+        trains = [task for task in entry.tasks.values() if task.kind == "train"]
+        if measuring:
+            assert entry.plan is None and not trains, "nobody trains before there is a plan"
+            return
+        assert entry.plan is not None and entry.training_since_unix_s > 0, "a planned round has a plan"
+        devices = [part.device_id for part in entry.plan.parts]
+        assert len(set(devices)) == len(devices), "each device has one part"
+        assert sorted(devices) == sorted(task.device_id for task in trains), "who trains is whom the plan names"
+        assert not any(task.kind == "measure" and task.status == "assigned" for task in entry.tasks.values()), "measuring is over"
+
+
+_KINDS: Mapping[str, TaskKind] = {"measuring": "measure", "training": "train", "evaluating": "evaluate"}
 
 
 def weighted_means(evaluations: Sequence[Evaluation]) -> Metrics:

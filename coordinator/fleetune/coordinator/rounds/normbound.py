@@ -2,6 +2,10 @@
 
 The bound of a round is fixed when the round is opened, from rounds that are over. The simple version, a median over what has arrived so
 far, would let the first sender decide what the others may send, and the outcome would depend on who is faster.
+
+In planned rounds devices train different blocks, whose updates differ in size by their nature: each is held to those of the same blocks.
+Gradients are held to no norm. Theirs are of one batch: late in a training most batches have hardly any, and one row that the model gets
+wrong has a hundred times as much, so a bound would refuse honest devices.
 """
 
 from __future__ import annotations
@@ -23,6 +27,11 @@ def limit(folded: Sequence[Sequence[float]], factor: float) -> float:
     """
     norms = [norm for of_round in folded[-ROUNDS:] for norm in of_round]
     return factor * statistics.median(norms) if norms and factor > 0 else 0.0
+
+
+def blocks_key(depths: Sequence[int]) -> str:
+    """Names a part of a planned round among those of other rounds: only updates of the same blocks are compared."""
+    return ",".join(str(depth) for depth in sorted(depths))
 
 
 def objection(norm: float, limit: float, factor: float) -> str:

@@ -27,11 +27,17 @@ class Order:
     job: LiveJob
     payload: Message
     deadline_s: float
+    uplink_bits_per_s: float = 0.0
+    """The rate of its upload by the round's plan; 0 is no bound."""
 
 
 class Dispatcher(Protocol):
-    """The transport's side: both calls return at once; a device that is not connected gets it when it is back."""
+    """The transport's side: calls return at once; a device that is not connected gets it when it is back."""
 
     def send_task(self, order: Order) -> None: ...
 
     def withdraw(self, device_id: str, task_id: str, reason: str) -> None: ...
+
+    def set_uplink(self, device_id: str, task_id: str, bits_per_s: float) -> None:
+        """From now on the task's update is sent at this rate; 0 is no bound. Lost where the device is not connected."""
+        ...

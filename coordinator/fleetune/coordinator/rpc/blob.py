@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -13,7 +14,8 @@ import grpc.aio
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.orders import Receipt
 from fleetune.coordinator.rpc import convert, gate, ownership
-from fleetune.coordinator.rpc.streams import Abortable, Patience, Readable, hang_up
+from fleetune.coordinator.rpc.limits import Probes
+from fleetune.coordinator.rpc.streams import Abortable, Patience, Readable, begin, hang_up, next_message
 from fleetune.coordinator.rpc.turns import Turns
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.errors import DiskFullError, DurabilityError, WireError
@@ -43,8 +45,8 @@ SLOW_CHUNK_BYTES = 128 * 1024
 RESPONSES_AHEAD = 2
 """Chunks read in one turn of a disk thread while as many are being sent: a turn costs more than the reading."""
 
-CHUNKS_WAITING = 2
-"""Chunks of one upload that wait for its disk thread; then the device waits, by flow control."""
+CHUNKS_WAITING = 1
+"""Chunks of one upload that wait for its disk thread; then the device waits, by flow control. More gained nothing in speed."""
 
 SUMS_KEPT = 4096
 """Checksums of chunks that are served again and again: those of 4 GiB."""
@@ -55,7 +57,23 @@ SYNC_THREADS = 8
 """Updates made durable at once: file systems write one journal entry for all that wait for it."""
 
 
+PROBE_S = 30.0
+"""Of one probe, whatever has come until then: 256 KiB take so long at 70 kbit/s."""
+
+PROBE_BYTES_MAX = 4 << 20
+PROBE_MESSAGE_BYTES_MAX = 64 << 10
+
 _UploadContext = grpc.aio.ServicerContext[frames.Upload, blob_pb2.UploadResponse]
+
+
+@dataclass
+class Traffic:
+    """What has moved since the start."""
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    resumed: int = 0
+    """Uploads that went on where an earlier one had ended."""
 
 
 class BlobService:
@@ -63,12 +81,14 @@ class BlobService:
         self._engine = engine
         self._blobs = blobs
         # Of both directions: each holds a few chunks in memory, and a device that has its state early computes while others fetch theirs.
-        self._transfers = Turns(transfers_at_once, max(transfers_at_once, TRANSFERS_AT_MOST), QUICK_S)
+        self.transfers = Turns(transfers_at_once, max(transfers_at_once, TRANSFERS_AT_MOST), QUICK_S)
         self._max_update_bytes = max_update_bytes
         self._epoch = epoch
         self._disk = Workers("blob-disk", DISK_THREADS)
         self._sync = Workers("blob-sync", SYNC_THREADS)
+        self._probes = Probes()
         self.receiving = 0
+        self.traffic = Traffic()
         # By digest, offset and length; used by the disk threads. Two of them may compute one sum twice, which does no harm.
         self._sums: dict[tuple[str, int, int], int] = {}
         self._idle = asyncio.Event()
@@ -86,7 +106,7 @@ class BlobService:
         if why := self._download_objection(request.digest):
             gate.refuse(why)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"no blob for this caller: {why}")
-        async with self._transfers.one() as turn:
+        async with self.transfers.one() as turn:
             try:
                 fd = os.open(self._blobs.path(request.digest), os.O_RDONLY | os.O_CLOEXEC)
             except WireError as error:
@@ -106,6 +126,7 @@ class BlobService:
                         ahead = self._disk.run(self._responses, request.digest, fd, position, size, turn.aside) if position < size else None
                         for response in responses:
                             await patience.on(context.write(response))
+                            self.traffic.sent_bytes += len(response)
             except asyncio.TimeoutError:
                 await hang_up(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {IDLE_S:g} s; resume where it ended")
             finally:
@@ -130,6 +151,42 @@ class BlobService:
             self._blobs.discard(request.task_id, request.blob)
             return blob_pb2.UploadStatusResponse(receipt=convert.receipt(request.task_id, 0, settled))
         return blob_pb2.UploadStatusResponse(offset=self._blobs.spooled(request.task_id, request.blob))
+
+    async def Probe(
+        self,
+        request_iterator: AsyncIterator[blob_pb2.ProbeRequest],
+        context: grpc.aio.ServicerContext[blob_pb2.ProbeRequest, blob_pb2.ProbeResponse],
+    ) -> blob_pb2.ProbeResponse:
+        if why := self._probes.objection(gate.caller(), asyncio.get_running_loop().time()):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        self._probes.open += 1
+        try:
+            return await self._counted(context)
+        finally:
+            self._probes.open -= 1
+
+    async def _counted(self, context: grpc.aio.ServicerContext[blob_pb2.ProbeRequest, blob_pb2.ProbeResponse]) -> blob_pb2.ProbeResponse:
+        """What came and how long it took; of a link that is too slow for all of it, what came in time."""
+        loop, received = asyncio.get_running_loop(), 0
+        first_s = last_s = 0.0
+        until_s = loop.time() + PROBE_S
+        while True:
+            try:
+                message = await next_message(context, until_s - loop.time(), blob_pb2.ProbeRequest)
+            except asyncio.TimeoutError:
+                break
+            if message is None:
+                break
+            last_s = loop.time()
+            first_s = first_s or last_s
+            if len(message.data) > PROBE_MESSAGE_BYTES_MAX:
+                most = PROBE_MESSAGE_BYTES_MAX
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a message of a probe has {len(message.data)} bytes; at most {most}")
+            received += len(message.data)
+            if received > PROBE_BYTES_MAX:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"a probe may send {PROBE_BYTES_MAX} bytes")
+        self.traffic.received_bytes += received
+        return blob_pb2.ProbeResponse(received_bytes=received, seconds=last_s - first_s)
 
     def _download_objection(self, digest: str) -> str:
         """Why the caller may not have this blob; the same for one that is not there, which is nobody's business either."""
@@ -167,14 +224,20 @@ class BlobService:
             who, task_id = convert.clean(header.device_id, 64), convert.clean(header.task_id, 200)
             log.warning("device=%r task=%r update of epoch %d refused, this is epoch %d", who, task_id, header.epoch, self._epoch)
             return self._answer(header, convert.foreign_epoch(header.epoch, self._epoch))
+        if why := ownership.lease_objection(self._engine.job_of_task(header.task_id), header.task_id, header.lease):
+            gate.refuse("a lease that was never given out")
+            return self._answer(header, Receipt("refused", why))
         settled = await self._engine.admission.judge(header.task_id, header.device_id, header.blob.digest)
         if settled is not None:
             self._blobs.discard(header.task_id, header.blob)
             return self._answer(header, settled)
+        self._engine.uplinks.announced(header.task_id)
         self.receiving += 1
         self._idle.clear()
         try:
             arrived = [] if first.chunk is None else [first.chunk]
+            self.traffic.received_bytes += sum(len(chunk.data) for chunk in arrived)
+            self.traffic.resumed += any(chunk.offset > 0 for chunk in arrived)
             del first  # or its chunk would stay in memory until the commit
             return await self._receive(header, arrived, context, patience)
         except SpoolBusyError as error:
@@ -198,11 +261,17 @@ class BlobService:
     ) -> blob_pb2.UploadResponse:
         busy: asyncio.Future[None] | asyncio.Future[str] | None = None
         spool: Spool | None = None
+        sending = False
         try:
             # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
-            async with self._transfers.one():
+            async with self.transfers.one():
+                # The device keeps its chunks until it sees this: an upload that waits holds no memory here.
+                await begin(context)
                 spool = await self._opened(header, arrived)
                 arrived.clear()
+                if not spool.complete:  # else it came with its header, and nothing is left to be shared
+                    self._engine.uplinks.began(header.task_id)
+                    sending = True
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
                 begun_s, size = asyncio.get_running_loop().time(), 0
                 while (message := await _next(context, patience)) is not None:
@@ -210,6 +279,7 @@ class BlobService:
                         raise WireError("A message of an upload holds no bytes.")
                     arrived.append(message.chunk)
                     size += len(message.chunk.data)
+                    self.traffic.received_bytes += len(message.chunk.data)
                     if asyncio.get_running_loop().time() - begun_s > IDLE_S + size / SLOWEST_BYTES_PER_S:
                         raise asyncio.TimeoutError
                     if busy is not None and (busy.done() or len(arrived) >= CHUNKS_WAITING):
@@ -229,13 +299,17 @@ class BlobService:
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
                 )
+            sending, times = False, self._engine.uplinks.ended(header.task_id)
+            update = replace(convert.update(header), ready_s=times.ready_s, sent_s=times.sent_s)
             async with self._engine.retention.keeping(spool.digest):
                 busy = self._sync.run(self._blobs.adopt, spool)
                 storing = asyncio.shield(busy)
                 admission = self._engine.admission
-                receipt = await admission.take_update(header.task_id, header.device_id, convert.update(header), spool.path, storing)
+                receipt = await admission.take_update(header.task_id, header.device_id, update, spool.path, storing)
             return self._answer(header, receipt)
         finally:
+            if sending:
+                self._engine.uplinks.ended(header.task_id)
             if busy is not None:  # the thread has the spool in hand, also where this stream was cut
                 await asyncio.wait({busy})
                 busy.exception()

@@ -15,11 +15,12 @@ import grpc
 
 from fleetune.coordinator import jobspec
 from fleetune.coordinator.certificates import Roster
+from fleetune.coordinator.domain import DeviceFigures
 from fleetune.coordinator.registry import Registry
 from fleetune.coordinator.rounds import adapter, machine
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
-from fleetune.coordinator.rpc import convert, gate, pastrounds
+from fleetune.coordinator.rpc import convert, gate, jobpages, pastrounds
 from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.db import Database
@@ -83,8 +84,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.SubmitJobResponse(job_id=job.job_id)
 
     async def ListJobs(self, request: control_pb2.ListJobsRequest, context: Aborting) -> control_pb2.ListJobsResponse:  # type: ignore[override]
-        jobs = sorted(self._engine.jobs.values(), key=lambda job: job.submitted_unix_s)
-        return control_pb2.ListJobsResponse(jobs=[self._view(job) for job in jobs])
+        jobs = self._engine.jobs.values()
+        try:
+            views, more = jobpages.page(jobs, request.page_size, request.page_token, self._view, bytes_max=convert.ANSWER_BYTES_MAX)
+        except jobpages.TokenError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return control_pb2.ListJobsResponse(jobs=views, next_page_token=more)
 
     async def GetJob(self, request: control_pb2.GetJobRequest, context: Aborting) -> control_pb2.GetJobResponse:  # type: ignore[override]
         job = await self._find(request.job_id, context)
@@ -125,7 +130,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def ListDevices(self, request: control_pb2.ListDevicesRequest, context: Aborting) -> control_pb2.ListDevicesResponse:  # type: ignore[override]
         rows = await self._database.read(records.load_devices)
-        return control_pb2.ListDevicesResponse(devices=convert.fitting(self._device(row) for row in rows))
+        told = self._figures()
+        return control_pb2.ListDevicesResponse(devices=convert.fitting(self._device(row, told.get(row.device_id)) for row in rows))
 
     async def DescribeAdapter(  # type: ignore[override]
         self, request: control_pb2.DescribeAdapterRequest, context: Aborting
@@ -240,7 +246,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             view.message = f"{self._engine.trouble}; goes on when there is room"
         return view
 
-    def _device(self, row: records.DeviceRow) -> control_pb2.DeviceView:
+    def _figures(self) -> dict[str, tuple[str, DeviceFigures]]:
+        """Device id -> the newest job that knows how fast it trains, and its figures."""
+        jobs = sorted(self._engine.jobs.values(), key=lambda job: job.submitted_unix_s)
+        return {device_id: (job.job_id, figures) for job in jobs for device_id, figures in job.machine.figures.items()}
+
+    def _device(self, row: records.DeviceRow, told: tuple[str, DeviceFigures] | None) -> control_pb2.DeviceView:
         line = self._fleet.lines.get(row.device_id)
         hello = line.hello if line else fleet_pb2.Hello.FromString(row.hello)
         session = line.session if line else None
@@ -263,6 +274,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             quarantine=row.quarantine,
             revoked=self._roster.is_revoked(row.device_id, row.name),
         )
+        if hello.HasField("link"):
+            view.link.CopyFrom(hello.link)
+        if told is not None:
+            view.figures_job_id = told[0]
+            view.figures.CopyFrom(convert.figures_message(told[1]))
         newest = self._roster.newest_of_device(row.device_id)
         if newest is not None:
             view.certificate_until_unix_s = newest.not_after_unix_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import zlib
@@ -10,14 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from fleetune.complaints import Complaint
 from fleetune.coordinator.domain import (
     Blob,
+    DeviceFigures,
     Evaluation,
     Failure,
     FailureKind,
     JobStatus,
+    LinkFigures,
     Metrics,
     Phase,
+    PlannedPart,
     RoundEntry,
+    RoundPlan,
     TaskEntry,
+    TaskKind,
     TaskStatus,
     Update,
 )
@@ -73,7 +79,13 @@ _STATES: Mapping[JobStatus, control_pb2.JobState.ValueType] = {
     "failed": control_pb2.JOB_STATE_FAILED,
     "cancelled": control_pb2.JOB_STATE_CANCELLED,
 }
+_KINDS: Mapping[TaskKind, messages_pb2.TaskKind.ValueType] = {
+    "train": messages_pb2.TASK_KIND_TRAIN,
+    "evaluate": messages_pb2.TASK_KIND_EVALUATE,
+    "measure": messages_pb2.TASK_KIND_MEASURE,
+}
 _PHASES: Mapping[Phase, control_pb2.RoundPhase.ValueType] = {
+    "measuring": control_pb2.ROUND_PHASE_MEASURING,
     "training": control_pb2.ROUND_PHASE_TRAINING,
     "folding": control_pb2.ROUND_PHASE_FOLDING,
     "evaluating": control_pb2.ROUND_PHASE_EVALUATING,
@@ -115,6 +127,7 @@ def greeting(hello: fleet_pb2.Hello, address: str) -> Greeting:
         accepts_tasks=hello.availability.accepts_tasks,
         reason=line(hello.availability.reason, 200),
         address=address,
+        link=link(hello.link) if hello.HasField("link") else LinkFigures(),
     )
 
 
@@ -139,6 +152,8 @@ def sober(hello: fleet_pb2.Hello) -> None:
     for number in ("memory_total_bytes", "memory_available_bytes", "disk_free_bytes", "accelerator_memory_bytes"):
         setattr(profile, number, min(getattr(profile, number), BYTES_MAX))
     profile.cores = _between(profile.cores, 0.0, CORES_MAX)
+    if hello.HasField("link"):
+        hello.link.CopyFrom(link_message(link(hello.link)))
 
 
 def sober_heartbeat(heartbeat: fleet_pb2.Heartbeat, device_id: str) -> None:
@@ -151,6 +166,8 @@ def sober_heartbeat(heartbeat: fleet_pb2.Heartbeat, device_id: str) -> None:
         setattr(heartbeat, number, min(getattr(heartbeat, number), BYTES_MAX))
     if len(heartbeat.task_id) > TASK_ID_CHARS_MAX or ownership.device_of(heartbeat.task_id) != device_id:
         heartbeat.task_id = ""
+    if heartbeat.HasField("link"):
+        heartbeat.link.CopyFrom(link_message(link(heartbeat.link)))
 
 
 def _between(value: float, least: float, most: float) -> float:
@@ -181,7 +198,82 @@ def update(header: blob_pb2.UploadHeader) -> Update:
         metrics(report.metrics),
         metrics(report.seconds),
         report.peak_rss_bytes,
+        figures=figures(report.figures) if report.HasField("figures") else None,
     )
+
+
+DEPTHS_MAX = 512
+"""Of a model that a device tells figures of."""
+
+STEP_S_MAX = 1e6
+RATE_MAX = 1e15
+"""Bits or floating-point operations a second: above any machine of these years."""
+
+DIGITS = 6
+"""Kept of a measured number; the figures of a whole fleet are written with each change of a job."""
+
+SOURCES = ("measured", "configured")
+
+
+def figures(message: messages_pb2.Figures) -> DeviceFigures | None:
+    """What a device tells of itself, as far as a machine can be so; None where it cannot be read as times and sizes by depth.
+
+    Times and sizes that fall with depth are raised to the ones before: a deeper step contains the shallower ones.
+    """
+    count = len(message.step_s)
+    if not 1 <= count <= DEPTHS_MAX or len(message.step_bytes) != count:
+        return None
+    if not all(math.isfinite(value) and 0 < value <= STEP_S_MAX for value in message.step_s):
+        return None
+    return DeviceFigures(
+        batch_rows=min(max(message.batch_rows, 1), 65_536),
+        step_s=tuple(itertools.accumulate(map(_rounded, message.step_s), max)),
+        step_bytes=tuple(min(value, BYTES_MAX) for value in itertools.accumulate(message.step_bytes, max)),
+        loaded_bytes=min(message.loaded_bytes, BYTES_MAX),
+        room_bytes=min(message.room_bytes, BYTES_MAX),
+        forward_s=_rounded(_between(message.forward_s, 0.0, STEP_S_MAX)),
+        only_deepest=message.only_deepest,
+        source=message.source if message.source in SOURCES else "",
+        age_s=_rounded(_between(message.age_s, 0.0, AGE_S_MAX)),
+        ratio=_rounded(_between(message.ratio or 1.0, 1 / RATIO_MAX, RATIO_MAX)),
+        margin=_rounded(_between(message.margin or 1.0, 1.0, RATIO_MAX)),
+        flops_per_s=_rounded(_between(message.flops_per_s, 0.0, RATE_MAX)),
+        peak_flops_per_s=_rounded(_between(message.peak_flops_per_s, 0.0, RATE_MAX)),
+        tokens_per_s=_rounded(_between(message.tokens_per_s, 0.0, RATE_MAX)),
+    )
+
+
+RATIO_MAX = 100.0
+AGE_S_MAX = 1e9
+
+
+def link(message: messages_pb2.Link) -> LinkFigures:
+    """What a device tells of its link; 0 for what no link can be."""
+    return LinkFigures(
+        up_bits_per_s=_rate(message.up_bits_per_s),
+        down_bits_per_s=_rate(message.down_bits_per_s),
+        round_trip_s=_rounded(_between(message.round_trip_s, 0.0, 60.0)),
+        source=message.source if message.source in SOURCES else "",
+        age_s=_rounded(_between(message.age_s, 0.0, AGE_S_MAX)),
+        metered=message.metered,
+    )
+
+
+def link_message(known: LinkFigures) -> messages_pb2.Link:
+    return messages_pb2.Link(**vars(known))
+
+
+def figures_message(known: DeviceFigures) -> messages_pb2.Figures:
+    return messages_pb2.Figures(**vars(known))
+
+
+def _rate(value: float) -> float:
+    """0 is not known; anything else carries a thousand bits a second at least, or a plan would wait for it for days."""
+    return _rounded(_between(value, 1000.0, RATE_MAX)) if value > 0 else 0.0
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def metrics(items: Iterable[messages_pb2.Metric]) -> Metrics:
@@ -201,7 +293,7 @@ def task(order: Order, device_name: str) -> messages_pb2.Task:
         job_id=job.job_id,
         round=command.round_number,
         lease=command.lease,
-        kind=messages_pb2.TASK_KIND_TRAIN if command.kind == "train" else messages_pb2.TASK_KIND_EVALUATE,
+        kind=_KINDS[command.kind],
         method=job.method.name,
         state=messages_pb2.BlobRef(digest=command.state.digest, size_bytes=command.state.size_bytes),
         trainables_digest=prepared.trainables_digest,
@@ -212,6 +304,8 @@ def task(order: Order, device_name: str) -> messages_pb2.Task:
         keep_warm_s=job.spec.devices.keep_warm_s,
     )
     message.payload.Pack(order.payload)
+    if order.uplink_bits_per_s > 0:
+        message.uplink.bits_per_s = order.uplink_bits_per_s
     if prepared.base_digest:
         message.base.CopyFrom(
             messages_pb2.Base(
@@ -273,6 +367,7 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         named = f"quarantined: {'; '.join(state.quarantined.values())}"
         message = f"{message}; {named}" if message else named
     open_round = state.round
+    plans = state.plan.planning is not None
     view = control_pb2.JobView(
         job_id=job.job_id,
         name=spec.name,
@@ -294,6 +389,7 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         adapter_folder=folder,
         job_toml=job.toml if history else "",
         devices_minimum=spec.devices.minimum,
+        blocks=[block.name for block in prepared.blocks] if prepared is not None and plans else [],
     )
     current = open_round or job.history.last
     if current is not None:
@@ -325,7 +421,7 @@ def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> contr
     view = control_pb2.RoundView(
         round=entry.number,
         phase=_PHASES[entry.phase],
-        tasks=[_task_view(task_, job, online) for task_ in entry.tasks.values()],
+        tasks=[_task_view(task_, entry, job, online) for task_ in entry.tasks.values()],
         started_unix_s=entry.started_unix_s,
         ended_unix_s=entry.ended_unix_s,
         metrics=_metric_messages(entry.metrics),
@@ -339,6 +435,56 @@ def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> contr
     loss = entry.train_loss()
     if loss is not None:
         view.train_loss = loss
+    if entry.plan is not None:
+        view.plan.CopyFrom(_plan_view(entry.plan, entry, job))
+    return view
+
+
+def _plan_view(plan: RoundPlan, entry: RoundEntry, job: LiveJob) -> control_pb2.PlanView:
+    settings = job.machine.plan.planning
+    view = control_pb2.PlanView(
+        layout=plan.layout,
+        solver=plan.solver,
+        predicted_s=plan.round_s,
+        uncovered_depths=plan.uncovered_depths,
+        idle_devices=plan.idle_names,
+        idle_count=len(plan.idle_devices),
+        reason=plan.reason,
+        training_since_unix_s=entry.training_since_unix_s,
+    )
+    if settings is not None and settings.resource == "airtime":
+        view.share_unit = "airtime"
+    elif settings is not None and settings.uplink_bits_per_s > 0:
+        view.share_unit = "bit/s"
+    if plan.lower_bound_s is not None:
+        view.lower_bound_s = plan.lower_bound_s
+    for layout, round_s, row_s in plan.predictions:
+        view.predictions.add(layout=layout, round_s=round_s, seconds_per_full_gradient_row=row_s)
+    ends = [finish_s(task_, entry) for task_ in entry.tasks.values() if task_.kind == "train" and task_.update is not None]
+    known = [end for end in ends if end is not None]
+    if entry.phase != "training" and known and len(known) == len(ends):
+        view.actual_s = max(known)
+    return view
+
+
+def finish_s(task_: TaskEntry, entry: RoundEntry) -> float | None:
+    """When a planned task's update was through, seconds from the beginning of the round's training; None where that was not seen."""
+    if task_.update is None or task_.update.ready_s <= 0:
+        return None
+    return task_.assigned_unix_s - entry.training_since_unix_s + task_.update.ready_s + task_.update.sent_s
+
+
+def _task_plan(part: PlannedPart, task_: TaskEntry, entry: RoundEntry) -> control_pb2.TaskPlan:
+    view = control_pb2.TaskPlan(
+        depths=part.depths,
+        share=part.share,
+        uplink_bits_per_s=part.uplink_bits_per_s,
+        predicted_ready_s=part.ready_s,
+        predicted_finish_s=part.finish_s,
+    )
+    if task_.update is not None and (end := finish_s(task_, entry)) is not None:
+        view.actual_ready_s = end - task_.update.sent_s
+        view.actual_finish_s = end
     return view
 
 
@@ -346,10 +492,10 @@ def failure_message(found: Failure) -> messages_pb2.Failure:
     return messages_pb2.Failure(kind=_FAILURES_BACK[found.kind], stage=found.stage, message=found.message, traceback=found.traceback)
 
 
-def _task_view(entry: TaskEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
+def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
     view = control_pb2.DeviceTask(
         device_name=entry.device_name,
-        kind=messages_pb2.TASK_KIND_TRAIN if entry.kind == "train" else messages_pb2.TASK_KIND_EVALUATE,
+        kind=_KINDS[entry.kind],
         state=_TASK_STATES[entry.status],
         samples=entry.update.samples if entry.update else 0,
         online=entry.device_id in online,
@@ -361,6 +507,9 @@ def _task_view(entry: TaskEntry, job: LiveJob, online: frozenset[str]) -> contro
     loss = entry.update.metrics.get("loss") if entry.update else progress.loss if progress else None
     if loss is not None:
         view.loss = loss
+    part = in_round.plan.part_of(entry.device_id) if in_round.plan is not None and entry.kind == "train" else None
+    if part is not None:
+        view.plan.CopyFrom(_task_plan(part, entry, in_round))
     if entry.failure is not None:
         view.failure.CopyFrom(failure_message(entry.failure))
     elif entry.reason:

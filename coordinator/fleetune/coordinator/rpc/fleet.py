@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
+from fleetune.coordinator.domain import Failure
 from fleetune.coordinator.registry import Greeting, Refused, Registry, Session
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.orders import Order, Receipt
@@ -94,8 +95,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         version: str,
         heartbeat_s: float,
         epoch: int,
+        is_behind: Callable[[str], bool] = lambda _: False,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`is_behind` is asked of each device that connects: whether its certificate should be renewed now."""
         self.lines: dict[str, Line] = {}
         self.draining = False
         self._logged: dict[str, dict[str, int]] = {}
@@ -106,6 +109,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self._version = version
         self._heartbeat_s = heartbeat_s
         self._epoch = epoch
+        self._is_behind = is_behind
         self._monotonic = monotonic
 
     # -- the engine's dispatcher
@@ -119,6 +123,12 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         line = self.lines.get(device_id)
         if line is not None:
             line.send(fleet_pb2.SessionResponse(cancel=fleet_pb2.CancelTask(task_id=task_id, reason=reason)))
+
+    def set_uplink(self, device_id: str, task_id: str, bits_per_s: float) -> None:
+        line = self.lines.get(device_id)
+        if line is not None:
+            rate = messages_pb2.UplinkRate(bits_per_s=bits_per_s)
+            line.send(fleet_pb2.SessionResponse(set_uplink=fleet_pb2.SetUplink(task_id=task_id, rate=rate)))
 
     # -- the service
 
@@ -274,6 +284,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 )
             )
         )
+        if self._is_behind(greeting.device_id):
+            self.ask_to_renew(greeting.device_id)
         return line
 
     async def _close(self, line: Line, device_id: str) -> None:
@@ -317,6 +329,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             case "heartbeat":
                 convert.sober_heartbeat(message.heartbeat, device_id)
                 line.telemetry = message.heartbeat
+                if message.heartbeat.HasField("link"):
+                    line.session.link = convert.link(message.heartbeat.link)
+                    # Kept with the rest of what it said of itself, for when it is gone.
+                    line.hello.link.CopyFrom(convert.link_message(line.session.link))
                 line.send(fleet_pb2.SessionResponse(heartbeat_reply=fleet_pb2.HeartbeatReply(sequence=message.heartbeat.sequence)))
             case "progress":
                 p = message.progress
@@ -358,11 +374,22 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             refused = convert.foreign_epoch(outcome.epoch, self._epoch)
             line.send(fleet_pb2.SessionResponse(receipt=convert.receipt(outcome.task_id, outcome.lease, refused)))
             return
+        if why := ownership.lease_objection(self._engine.job_of_task(outcome.task_id), outcome.task_id, outcome.lease):
+            gate.refuse("a lease that was never given out")
+            line.send(fleet_pb2.SessionResponse(receipt=convert.receipt(outcome.task_id, outcome.lease, Receipt("refused", why))))
+            return
         match outcome.WhichOneof("outcome"):
             case "failure":
                 answer = await self._engine.admission.take_failure(outcome.task_id, device_id, convert.failure(outcome.failure))
             case "evaluation":
                 answer = await self._engine.admission.take_evaluation(outcome.task_id, device_id, convert.evaluation(outcome.evaluation))
+            case "figures":
+                figures = convert.figures(outcome.figures)
+                if figures is None:
+                    failure = Failure("model", "measure", "the device's figures are no times and sizes of steps by depth.")
+                    answer = await self._engine.admission.take_failure(outcome.task_id, device_id, failure)
+                else:
+                    answer = await self._engine.admission.take_figures(outcome.task_id, device_id, figures)
             case "refusal":
                 reason = convert.line(outcome.refusal.reason, 200)
                 # Nothing more for it for a while, or it would refuse in a loop.

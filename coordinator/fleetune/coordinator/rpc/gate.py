@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
-import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -20,19 +19,12 @@ from google.protobuf.message import DecodeError
 from fleetune.coordinator import principal as principals
 from fleetune.coordinator.principal import LOCAL, Principal
 from fleetune.coordinator.rpc import permissions
-from fleetune.coordinator.rpc.streams import hang_up
+from fleetune.coordinator.rpc.refusals import Refusals
+from fleetune.coordinator.rpc.streams import begin, hang_up
 from fleetune.errors import WireError
-
-log = logging.getLogger("fleetune.gate")
 
 CERTIFICATES_KEPT = 4096
 """Certificates whose reading is remembered, about 2 KiB each."""
-
-REFUSALS_KEPT = 1024
-"""Kinds of refusals that are told apart in the log; the others are counted together."""
-
-TELL_S = 60.0
-"""A refusal of the same caller, method and reason is logged once in so long, with the number of the others."""
 
 Standing = Callable[[Principal], str]
 """Why a caller whose certificate is sound is not taken all the same (revoked, unknown), for a person; empty where it is."""
@@ -61,6 +53,8 @@ class Context(Protocol):
 
     async def write(self, message: Any) -> None: ...  # Any: of the method's own type
 
+    def send_initial_metadata(self, initial_metadata: tuple[()]) -> Coroutine[Any, Any, None]: ...  # Any: what asyncio is sent
+
 
 class Gate(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server. Calls of one principal are kept while they are open, so that `cut` can end them.
@@ -82,6 +76,8 @@ class Gate(grpc.aio.ServerInterceptor):
         self._open: dict[tuple[str, str], _Caller] = {}
         self._guarded: dict[str, tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
         self.refusals = Refusals(monotonic)
+        self.answered: dict[tuple[str, str], int] = {}
+        """Method and gRPC status -> calls that have ended with it."""
 
     def cut(self, kind: principals.Kind, name: str, why: str = "this certificate was revoked") -> int:
         """End every open call of this principal now, with PERMISSION_DENIED; their number. The call that asks for it is left."""
@@ -123,7 +119,14 @@ class Gate(grpc.aio.ServerInterceptor):
                 answer: Any = behave(parse(request), context)
                 return await (_written(answer, context) if generates else answer)
 
-            return await self._through(method, context, run, lasting=lasting)
+            code = "OK"
+            try:
+                return await self._through(method, context, run, lasting=lasting, writes=handler.response_streaming)
+            except BaseException as error:
+                code = _ended_with(error, context)
+                raise
+            finally:
+                self.answered[method, code] = self.answered.get((method, code), 0) + 1
 
         encode = handler.response_serializer
         if handler.request_streaming:
@@ -132,7 +135,9 @@ class Gate(grpc.aio.ServerInterceptor):
         make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         return make(through, None, encode)
 
-    async def _through(self, method: str, context: Context, run: Callable[[], Coroutine[Any, Any, Any]], *, lasting: bool) -> Any:
+    async def _through(
+        self, method: str, context: Context, run: Callable[[], Coroutine[Any, Any, Any]], *, lasting: bool, writes: bool
+    ) -> Any:
         known = self._who(context)
         if known is None:
             await self._deny(context, context.peer(), method, grpc.StatusCode.UNAUTHENTICATED, "its certificate is nobody's of this fleet")
@@ -152,12 +157,15 @@ class Gate(grpc.aio.ServerInterceptor):
             why = f"{most} of these calls are open already"
             await self._deny(context, str(principal), method, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         call = here.enter(method)
-        if lasting and not self._plaintext:
+        ends = lasting and not self._plaintext
+        if ends:
             call.end_after(until_unix_s - self._wall())
         _CALLER.set(principal)
         _METHOD.set(method)
         _REFUSALS.set(self.refusals)
         try:
+            if ends and writes:  # a single answer goes out when the handler has returned, and may begin when it likes
+                await begin(context)
             return await run()
         except asyncio.CancelledError:
             if not call.ended_because:
@@ -203,48 +211,8 @@ class _Known:
 _LOCAL = _Known(LOCAL, float("inf"))
 
 
-class Refusals:
-    """Tells the log of each kind of refusal at once and of those like it once a minute, in bounded memory."""
-
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._told: dict[tuple[str, str, str], _Told] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def note(self, who: str, method: str, why: str) -> None:
-        key = (_host(who), method, why)
-        told = self._told.get(key)
-        if told is None and len(self._told) >= REFUSALS_KEPT:
-            key = ("others", "any", "more kinds of refusals than are told apart")
-            told = self._told.get(key)
-        if told is not None:
-            told.more += 1
-            return
-        log.warning("refused caller=%r method=%s reason=%r", key[0], key[1], key[2])
-        self._told[key] = _Told(self._monotonic())
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TELL_S, self._sum_up)
-
-    def _sum_up(self) -> None:
-        self._timer = None
-        now = self._monotonic()
-        for key, told in list(self._told.items()):
-            if now - told.since_s < TELL_S * 0.99:
-                continue
-            if told.more:
-                log.warning("refused caller=%r method=%s reason=%r another %d times in %.0f s", *key, told.more, now - told.since_s)
-                told.more, told.since_s = 0, now
-            else:
-                del self._told[key]
-        if self._told:
-            self._timer = asyncio.get_running_loop().call_later(TELL_S, self._sum_up)
-
-
-@dataclass
-class _Told:
-    since_s: float
-    more: int = 0
-
+_CODES: dict[object, grpc.StatusCode] = {told: code for code in grpc.StatusCode for told in (code, code.value[0])}
+"""By themselves and by their numbers: the asyncio server has it that way."""
 
 _METHOD: contextvars.ContextVar[str] = contextvars.ContextVar("fleetune-method")
 _REFUSALS: contextvars.ContextVar[Refusals] = contextvars.ContextVar("fleetune-refusals")
@@ -310,6 +278,14 @@ class _Call:
             self._timer.cancel()
 
 
+def _ended_with(error: BaseException, context: Any) -> str:  # Any: the method by which contexts tell their code is not in the protocol
+    """The status that the caller gets for what a handler ended with."""
+    if isinstance(error, asyncio.CancelledError):
+        return grpc.StatusCode.CANCELLED.name
+    code = context.code() if isinstance(error, grpc.aio.AbortError) else grpc.StatusCode.UNKNOWN
+    return _CODES.get(code, grpc.StatusCode.UNKNOWN).name
+
+
 def _as_it_is(request: Any) -> Any:  # Any: bytes, or an iterator of messages
     return request
 
@@ -343,8 +319,3 @@ def _read(pem: bytes) -> _Known | None:
         return None
     principal = replace(principal, begins_unix_s=certificate.not_valid_before_utc.timestamp())
     return _Known(principal, certificate.not_valid_after_utc.timestamp())
-
-
-def _host(who: str) -> str:
-    """An address without its port, which differs with every connection."""
-    return who.rpartition(":")[0] if who.startswith(("ipv4:", "ipv6:")) else who

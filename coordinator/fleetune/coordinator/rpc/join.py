@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
@@ -14,6 +13,8 @@ from fleetune.coordinator import authority, tokens
 from fleetune.coordinator.certificates import Enrolled, Roster, RosterError
 from fleetune.coordinator.principal import DEVICE_ID, NAME
 from fleetune.coordinator.rpc import convert
+from fleetune.coordinator.rpc.refusals import Kind as RefusalKind
+from fleetune.coordinator.rpc.refusals import Refusals
 from fleetune.coordinator.store.identities import Kind
 from fleetune.coordinator.tokens import Limiter, Wish
 from fleetune.errors import DiskFullError
@@ -26,9 +27,9 @@ log = logging.getLogger("fleetune.join")
 MESSAGE_BYTES_MAX = 64 * 1024
 CALLS_MAX = 64
 CONNECTIONS_MAX = 256
+"""Behind the door, which takes fewer: of programs of this machine that come to gRPC's own port."""
 
-TELL_S = 60.0
-REFUSALS_KEPT = 1024
+_METHOD = "/fleetune.v1.JoinService/Join"
 
 _CODES = {
     "token": grpc.StatusCode.UNAUTHENTICATED,
@@ -37,6 +38,16 @@ _CODES = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
     "request": grpc.StatusCode.INVALID_ARGUMENT,
 }
+
+_KINDS = {
+    "busy": "too many tries",
+    "token": "a token that is not good",
+    "name": "a token for another name",
+    "exists": "a name or device that is in the fleet already",
+    "invalid": "an unsound request",
+    "request": "an unsound signing request",
+}
+"""What refusals are counted together as: the words of one may differ from those of the next."""
 
 
 class Aborting(Protocol):
@@ -72,19 +83,25 @@ class JoinService(registry_pb2_grpc.JoinServiceServicer):
         roster: Roster,
         on_replaced: Callable[[Kind, str], None],
         on_joined: Callable[[str, str], None],
+        source_of: Callable[[str], str] = tokens.source,
         limiter: Limiter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_replaced` hears kind and name whose older certificates have ended, `on_joined` name and id of a device."""
+        """`on_replaced` hears kind and name whose older certificates have ended, `on_joined` name and id of a device.
+
+        `source_of` tells of a gRPC peer where it comes from, without what one machine can change at will.
+        """
         self._roster = roster
         self._on_replaced = on_replaced
         self._on_joined = on_joined
+        self._source_of = source_of
         self._limiter = limiter or Limiter()
         self._monotonic = monotonic
-        self._refusals: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        # Apart from the gate's: strangers by the thousand must not crowd out what is told of those who have a certificate.
+        self._refusals = Refusals(monotonic, self._more)
 
     async def Join(self, request: registry_pb2.JoinRequest, context: Aborting) -> registry_pb2.JoinResponse:  # type: ignore[override]
-        source = tokens.source(context.peer())
+        source = self._source_of(context.peer())
         if not self._limiter.allows(source, self._monotonic()):
             await self._refuse(context, source, "", "busy", "too many tries", grpc.StatusCode.RESOURCE_EXHAUSTED)
         if wrong := _objection(request):
@@ -107,18 +124,13 @@ class JoinService(registry_pb2_grpc.JoinServiceServicer):
         return registry_pb2.JoinResponse(credentials=credentials(enrolled))
 
     async def _refuse(self, context: Aborting, source: str, name: str, kind: str, why: str, code: grpc.StatusCode) -> NoReturn:
-        """Answer; tell the log and the audit log of each source and reason once a minute, with the number of those between."""
-        key, now = (source, kind), self._monotonic()
-        since, more = self._refusals.pop(key, (-TELL_S, 0))
-        tell = now - since >= TELL_S
-        self._refusals[key] = (now, 0) if tell else (since, more + 1)
-        if len(self._refusals) > REFUSALS_KEPT:
-            self._refusals.popitem(last=False)
-        if tell:
-            others = f"; another {more} before" if more else ""
-            log.warning("refused to join from=%s name=%r reason=%r%s", source, name, why, others)
-            await self._roster.note_refusal(source, "join", name, why + others)
+        """Answer; tell the log and the audit log of each source and kind once a minute, with the number of those between."""
+        if self._refusals.note(source, _METHOD, _KINDS.get(kind, kind), f"{why}, as {name!r}" if name else why):
+            await self._roster.note_refusal(source, "join", name, why)
         await context.abort(code, why)
+
+    def _more(self, kind: RefusalKind, count: int) -> None:
+        self._roster.note_more_refusals(kind.who, "join", "", f"{kind.why}: another {count}")
 
 
 def credentials(enrolled: Enrolled) -> registry_pb2.Credentials:

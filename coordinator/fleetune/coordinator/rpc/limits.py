@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fleetune.coordinator.principal import Principal
+
 MESSAGES_PER_S = 100.0
 """On one control stream, in the long run. An agent sends a heartbeat and a few words of progress a second."""
 
@@ -38,3 +40,46 @@ class Bucket:
     def floods(self, now_s: float) -> bool:
         """Whether it has been drawn from without a pause for too long."""
         return self._empty_since_s is not None and now_s - self._empty_since_s > PERSISTS_S
+
+    def take(self, now_s: float) -> bool:
+        """Take one if there is one. Who asks in vain owes nothing for it."""
+        self._left = min(self._burst, self._left + (now_s - self._at_s) * self._rate)
+        self._at_s = now_s
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+PROBES_PER_S = 1 / 120
+"""Of one device, in the long run: it probes when it joins, and else knows its link from what it sends anyway."""
+
+PROBES_BURST = 5.0
+
+PROBES_AT_ONCE = 8
+"""Of all devices: they measure one another, and take bandwidth from who has something to send."""
+
+CALLERS_KEPT = 4096
+
+
+class Probes:
+    """Who may measure its way up now."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+
+    def objection(self, caller: Principal, now_s: float) -> str:
+        """Why not now, for a person; an empty string takes one of the caller's probes. A server without TLS cannot tell callers apart."""
+        if self.open >= PROBES_AT_ONCE:
+            return f"{PROBES_AT_ONCE} devices are measuring their links just now; try again later"
+        if caller.kind == "local":
+            return ""
+        key = (caller.kind, caller.name)
+        if key not in self._buckets:
+            if len(self._buckets) >= CALLERS_KEPT:
+                self._buckets.clear()
+            self._buckets[key] = Bucket(now_s, PROBES_PER_S, PROBES_BURST)
+        if self._buckets[key].take(now_s):
+            return ""
+        return f"this device may measure its link {PROBES_BURST:g} times, then every {1 / PROBES_PER_S:g} s; try again later"

@@ -1,4 +1,4 @@
-"""What is a device's own: its name, its id, its tasks and the blobs of those. Pure.
+"""What is a device's own: its name, its id, its tasks with their leases, and the blobs of those. Pure.
 
 Who calls comes from the certificate, what it asks for from the message.
 """
@@ -53,6 +53,16 @@ def task_objection(caller: Principal, device_id: str, task_id: str, names: Mappi
     return ""
 
 
+def lease_objection(job: LiveJob | None, task_id: str, lease: int) -> str:
+    """Why nobody can hold `lease` of this task, or an empty string. An older one than the present is sound: its result counts once."""
+    if job is None:
+        return ""
+    entry = job.machine.open_task(task_id)
+    # Of a round that is over: leases are counted over the whole job.
+    newest = entry.lease if entry is not None else job.machine.lease
+    return f"lease {lease} was never given out, the newest is {newest}" if lease > newest else ""
+
+
 def may_fetch(jobs: Iterable[LiveJob], device_id: str, digest: str) -> bool:
     """Whether an open task of the device refers to this blob: the state that it starts from, or a file of its job's base."""
     for job in jobs:
@@ -62,7 +72,7 @@ def may_fetch(jobs: Iterable[LiveJob], device_id: str, digest: str) -> bool:
         of_base = prepared is not None and any(digest == of_file for _, of_file, _ in prepared.files)
         kinds = {
             kind
-            for kind, state in (("train", entry.start_state), ("evaluate", entry.state))
+            for kind, state in (("train", entry.start_state), ("measure", entry.start_state), ("evaluate", entry.state))
             if of_base or (state is not None and state.digest == digest)
         }
         # Last, since it looks at every device of the round: nearly all that do not match are sorted out above.

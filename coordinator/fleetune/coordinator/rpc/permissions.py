@@ -30,6 +30,7 @@ RULES: Mapping[str, Rule] = {
     f"{_FLEET}Session": Rule(agents=True, role=None, at_once=4),
     f"{_BLOB}Upload": Rule(agents=True, role=None, at_once=4),
     f"{_BLOB}UploadStatus": Rule(agents=True, role=None, at_once=8),
+    f"{_BLOB}Probe": Rule(agents=True, role=None, at_once=2),
     f"{_BLOB}Download": Rule(agents=True, role=Role.VIEW, at_once=8),
     **{
         f"{_CONTROL}{method}": _VIEW

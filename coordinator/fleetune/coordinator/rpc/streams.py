@@ -32,6 +32,12 @@ class Abortable(Protocol):
     async def abort(self, code: grpc.StatusCode, details: str = ..., trailing_metadata: tuple[()] = ...) -> NoReturn: ...
 
 
+class Beginning(Protocol):
+    """The part of a servicer context that begins a call's answer."""
+
+    def send_initial_metadata(self, initial_metadata: tuple[()]) -> Coroutine[Any, Any, None]: ...  # Any: what asyncio is sent
+
+
 async def hang_up(context: Abortable, code: grpc.StatusCode, details: str) -> NoReturn:
     """End a call with `code`, also where the other end reads nothing: the status waits behind what it has not read.
 
@@ -42,6 +48,24 @@ async def hang_up(context: Abortable, code: grpc.StatusCode, details: str) -> No
     except asyncio.TimeoutError:
         raise asyncio.CancelledError from None
     raise AssertionError("abort has returned")
+
+
+async def begin(context: Beginning) -> None:
+    """Send what comes before a call's first message; a cancellation meanwhile is let through once that is done, or after a moment.
+
+    gRPC would send it with the first message, and again with a status that ends the call while that message is on its way: an error
+    inside gRPC, after which the other end hears nothing at all.
+    """
+    sent = asyncio.ensure_future(context.send_initial_metadata(()))
+    try:
+        await asyncio.shield(sent)
+    except asyncio.CancelledError:
+        await asyncio.wait({sent}, timeout=HANG_UP_S)
+        raise
+    finally:
+        if not sent.done():
+            sent.cancel()
+            await asyncio.wait({sent})
 
 
 async def next_message(context: Readable, within_s: float, kind: type[M]) -> M | None:

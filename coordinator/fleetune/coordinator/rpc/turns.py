@@ -18,14 +18,18 @@ class Turns:
         self._quick = asyncio.Semaphore(quick)
         self._all = asyncio.Semaphore(at_most)
         self._quick_s = quick_s
+        self.moving = 0
+        """Transfers that have their turn, the slow ones included."""
+        self.waiting = 0
 
     def one(self) -> _Turn:
         """A turn, to be used with `async with`."""
-        return _Turn(self._quick, self._all, self._quick_s)
+        return _Turn(self, self._quick, self._all, self._quick_s)
 
 
 class _Turn:
-    def __init__(self, quick: asyncio.Semaphore, all_: asyncio.Semaphore, quick_s: float) -> None:
+    def __init__(self, turns: Turns, quick: asyncio.Semaphore, all_: asyncio.Semaphore, quick_s: float) -> None:
+        self._turns = turns
         self._quick = quick
         self._all = all_
         self.aside = False
@@ -34,12 +38,17 @@ class _Turn:
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> _Turn:
-        await self._all.acquire()
+        self._turns.waiting += 1
         try:
-            await self._quick.acquire()
-        except BaseException:
-            self._all.release()
-            raise
+            await self._all.acquire()
+            try:
+                await self._quick.acquire()
+            except BaseException:
+                self._all.release()
+                raise
+        finally:
+            self._turns.waiting -= 1
+        self._turns.moving += 1
         self._timer = asyncio.get_running_loop().call_later(self._quick_s, self._step_aside)
         return self
 
@@ -47,6 +56,7 @@ class _Turn:
         if self._timer is not None:
             self._timer.cancel()
             self._step_aside()
+        self._turns.moving -= 1
         self._all.release()
 
     def _step_aside(self) -> None:

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66leetune/methods/v1/deft.proto\x12\x13\x66leetune.methods.v1\"\x92\x02\n\x08\x44\x65\x66tTask\x12\x0e\n\x06\x64\x65pths\x18\x01 \x03(\r\x12\x13\n\x0b\x64\x65pth_count\x18\x02 \x01(\r\x12\x31\n\x07payload\x18\x03 \x01(\x0e\x32 .fleetune.methods.v1.DeftPayload\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x1d\n\x15gradient_accumulation\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x08 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\t \x01(\x01\x12\x14\n\x0cupdate_dtype\x18\n \x01(\t\x12\x12\n\nfirst_step\x18\x0b \x01(\x04\"\x80\x01\n\nDeftReport\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x11\n\tmean_loss\x18\x02 \x01(\x01\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x0e\n\x06step_s\x18\x04 \x01(\x01\x12\x13\n\x0bupdate_norm\x18\x05 \x01(\x01\x12\x17\n\x0fstep_peak_bytes\x18\x06 \x01(\x04*^\n\x0b\x44\x65\x66tPayload\x12\x1c\n\x18\x44\x45\x46T_PAYLOAD_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x46T_PAYLOAD_GRADIENT\x10\x01\x12\x16\n\x12\x44\x45\x46T_PAYLOAD_DELTA\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66leetune/methods/v1/deft.proto\x12\x13\x66leetune.methods.v1\"\xa6\x02\n\x08\x44\x65\x66tTask\x12\x0e\n\x06\x64\x65pths\x18\x01 \x03(\r\x12\x13\n\x0b\x64\x65pth_count\x18\x02 \x01(\r\x12\x31\n\x07payload\x18\x03 \x01(\x0e\x32 .fleetune.methods.v1.DeftPayload\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x1d\n\x15gradient_accumulation\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x08 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\t \x01(\x01\x12\x14\n\x0cupdate_dtype\x18\n \x01(\t\x12\x12\n\nfirst_step\x18\x0b \x01(\x04\x12\x12\n\norder_seed\x18\x0c \x01(\x04\"\x80\x01\n\nDeftReport\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x11\n\tmean_loss\x18\x02 \x01(\x01\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x0e\n\x06step_s\x18\x04 \x01(\x01\x12\x13\n\x0bupdate_norm\x18\x05 \x01(\x01\x12\x17\n\x0fstep_peak_bytes\x18\x06 \x01(\x04*^\n\x0b\x44\x65\x66tPayload\x12\x1c\n\x18\x44\x45\x46T_PAYLOAD_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x46T_PAYLOAD_GRADIENT\x10\x01\x12\x16\n\x12\x44\x45\x46T_PAYLOAD_DELTA\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fleetune.methods.v1.deft_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEFTPAYLOAD']._serialized_start=463
-  _globals['_DEFTPAYLOAD']._serialized_end=557
+  _globals['_DEFTPAYLOAD']._serialized_start=483
+  _globals['_DEFTPAYLOAD']._serialized_end=577
   _globals['_DEFTTASK']._serialized_start=56
-  _globals['_DEFTTASK']._serialized_end=330
-  _globals['_DEFTREPORT']._serialized_start=333
-  _globals['_DEFTREPORT']._serialized_end=461
+  _globals['_DEFTTASK']._serialized_end=350
+  _globals['_DEFTREPORT']._serialized_start=353
+  _globals['_DEFTREPORT']._serialized_end=481
 # @@protoc_insertion_point(module_scope)

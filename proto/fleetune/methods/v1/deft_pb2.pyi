@@ -57,6 +57,7 @@ class DeftTask(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
     UPDATE_DTYPE_FIELD_NUMBER: _builtins.int
     FIRST_STEP_FIELD_NUMBER: _builtins.int
+    ORDER_SEED_FIELD_NUMBER: _builtins.int
     depth_count: _builtins.int
     """How many depths the model has; another number means that both sides do not agree about its blocks."""
     payload: Global___DeftPayload.ValueType
@@ -74,6 +75,8 @@ class DeftTask(_message.Message):
     """"float32", "bfloat16" or "float16": type on the wire."""
     first_step: _builtins.int
     """Position in the device's shuffled rows: those of steps done by this job before this round."""
+    order_seed: _builtins.int
+    """Seeds the order in which the device goes through its rows: the same in all rounds of a job."""
     @_builtins.property
     def depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Depths to train, counted from the loss (1 is next to it), ascending. The update holds the tensors of these blocks and no others."""
@@ -92,10 +95,11 @@ class DeftTask(_message.Message):
         max_grad_norm: _builtins.float = ...,
         update_dtype: _builtins.str = ...,
         first_step: _builtins.int = ...,
+        order_seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "depth_count", b"depth_count", "depths", b"depths", "first_step", b"first_step", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "payload", b"payload", "steps", b"steps", "update_dtype", b"update_dtype", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "depth_count", b"depth_count", "depths", b"depths", "first_step", b"first_step", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "order_seed", b"order_seed", "payload", b"payload", "steps", b"steps", "update_dtype", b"update_dtype", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from fleetune.agent.trainer.schedule import learning_rate
 from fleetune.errors import UnsupportedError
+from fleetune.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
