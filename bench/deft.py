@@ -51,7 +51,7 @@ UP_BITS_PER_S = 32e6
 DOWN_BITS_PER_S = 200e6
 HIDDEN, INNER, HEADS = 192, 512, 6
 WORDS = 400
-TOKENS, ROWS = 64, 8
+TOKENS, ROWS = 64, 10
 WARMUP_ROUNDS = 3
 TARGET = 0.85
 """Accuracy whose time is told."""
@@ -185,6 +185,7 @@ def _base(folder: Path) -> Path:
         bos_token_id=2,
         eos_token_id=2,
     )
+    transformers.utils.logging.disable_progress_bar()
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
     fast.save_pretrained(folder)
