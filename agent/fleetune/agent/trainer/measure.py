@@ -139,6 +139,9 @@ class _Bench:
         self._batch = self._batch_of(wishes.rows)
         self._loaded_bytes = loaded_bytes
         self._room_bytes = min(wishes.room_bytes or _MUCH, _gpu_room_bytes(adapted.accelerator) or _MUCH)
+        # Weights are mapped from their file: on a CPU they become resident in the first pass, after the model counts as loaded.
+        weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in adapted.model.parameters())
+        self._mapped_bytes = weights_bytes if adapted.accelerator.kind == "cpu" else 0
         # Of the depths so far, resident over accounted bytes.
         self._factor = HEAP_FACTOR if adapted.accelerator.kind == "cpu" else PEAK_MARGIN
         adapted.model.train()
@@ -199,7 +202,8 @@ class _Bench:
             return self._rows
         row_bytes = depths.saved_bytes(self._adapted, self._batch_of(1)) + self._workspace_bytes() / self._rows
         rows = self._rows
-        while rows > 1 and self._loaded_bytes + self._factor * (rows * row_bytes + trained_bytes) > self._room_bytes:
+        held = self._loaded_bytes + self._mapped_bytes
+        while rows > 1 and held + self._factor * (rows * row_bytes + trained_bytes) > self._room_bytes:
             rows = (rows + 1) // 2
         return rows
 
@@ -267,7 +271,7 @@ class _Bench:
     def _reckoned_bytes(self, point: Point) -> int:
         """What a planner reckons with at a depth: the measured peak with a margin, never less than what must be alive."""
         if point.peak_bytes is None:
-            return math.ceil(point.accounted_bytes * self._factor)
+            return math.ceil(point.accounted_bytes * self._factor) + self._mapped_bytes
         return math.ceil(point.peak_bytes * PEAK_MARGIN)
 
     def _answer(self, forward_s: float, forward_spread_s: float, points: Sequence[Point]) -> dict[str, object]:
@@ -298,6 +302,7 @@ class _Bench:
             "step_bytes": [math.ceil(value) for value in curve.filled(reckoned, count)],
             "step_bytes_source": "measured" if all(point.peak_bytes is not None for point in points) else "accounted",
             "loaded_bytes": self._loaded_bytes,
+            "mapped_bytes": self._mapped_bytes,
             "gpu_room_bytes": _gpu_room_bytes(self._accelerator),
             "only_deepest": self._wishes.only,
             "tokens_per_s": tokens / deepest.step_s,
