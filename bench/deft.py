@@ -388,9 +388,10 @@ def _picture(curves: Mapping[str, Curve]) -> str:
 
 def _command() -> str:
     words = list(sys.argv)
-    if "--data" in words:
-        # Where the data lie is this machine's own business.
-        words[words.index("--data") + 1] = "FOLDER"
+    for option in ("--data", "--keep"):
+        # Where they lie is this machine's own business.
+        if option in words:
+            words[words.index(option) + 1] = "FOLDER"
     return f"python {' '.join(words)}"
 
 
