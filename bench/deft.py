@@ -297,12 +297,7 @@ def _learning(options: argparse.Namespace) -> int:
 
 def _dealt(data: Path, folder: Path) -> list[Path]:
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    files: list[Path] = []
-    for number, part in enumerate(split.iid(len(rows), DEVICES, 0)):
-        path = folder / f"rows-{number}.jsonl"
-        path.write_text("".join(json.dumps({"text": rows[i]["text"], "label": rows[i]["label"]}) + "\n" for i in part), encoding="utf-8")
-        files.append(path)
-    return files
+    return trec6.dealt_files(rows, split.iid(len(rows), DEVICES, 0), folder)
 
 
 def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str]) -> str:

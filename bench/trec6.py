@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,7 @@ async def _run(options: argparse.Namespace, dealt: str, seed: int, folder: Path)
         parts = split.iid(len(rows), options.agents, seed)
     else:
         parts = split.by_shares(of_rows, split.dirichlet_shares(of_rows, options.agents, options.alpha, seed), options.agents, seed)
-    files: list[Path] = []
-    for number, part in enumerate(parts, start=1):
-        path = folder / f"agent-{number}.jsonl"
-        path.write_text("".join(json.dumps({"text": rows[i]["text"], "label": rows[i]["label"]}) + "\n" for i in part), encoding="utf-8")
-        files.append(path)
+    files = dealt_files(rows, parts, folder)
     agents = tuple((len(part), len(Counter(of_rows[i] for i in part))) for part in parts)
     started = time.monotonic()
     view = await job(folder, files, _toml(options, labels, seed))
@@ -135,6 +131,16 @@ async def _run(options: argparse.Namespace, dealt: str, seed: int, folder: Path)
     before = watch.metric_of(view.initial_metrics, "accuracy")
     assert before is not None and after is not None and loss is not None
     return Run(dealt, seed, before, after, loss, time.monotonic() - started, agents)
+
+
+def dealt_files(rows: Sequence[Mapping[str, object]], parts: Sequence[Sequence[int]], folder: Path) -> list[Path]:
+    """Each agent's rows in a file of its own."""
+    files: list[Path] = []
+    for number, part in enumerate(parts, start=1):
+        path = folder / f"agent-{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": rows[i]["text"], "label": rows[i]["label"]}) + "\n" for i in part), encoding="utf-8")
+        files.append(path)
+    return files
 
 
 async def job(folder: Path, files: Sequence[Path], toml: str) -> control_pb2.JobView:

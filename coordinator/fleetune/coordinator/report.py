@@ -206,16 +206,14 @@ def _facts(job: pb.JobView, now_unix_s: float) -> RenderableType:
     return grid
 
 
+def _device_table(*heads: str) -> Table:
+    """A row for each device, figures to the right."""
+    figures = (Column(head, justify="right", no_wrap=True) for head in heads)
+    return Table(Column("device", no_wrap=True), *figures, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+
+
 def _plans_table(plans: list[DevicePlan]) -> RenderableType:
-    heads = ("planned", "predicted", "took", "off by")
-    table = Table(
-        Column("device", no_wrap=True),
-        *(Column(head, justify="right", no_wrap=True) for head in heads),
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = _device_table("planned", "predicted", "took", "off by")
     for item in plans:
         times = [duration_text(value) if value is not None else "-" for value in (item.predicted_s, item.actual_s)]
         error = f"{item.error:.0%}" if item.error is not None else "-"
@@ -224,14 +222,7 @@ def _plans_table(plans: list[DevicePlan]) -> RenderableType:
 
 
 def _shares_table(shares: list[DeviceShare]) -> RenderableType:
-    table = Table(
-        Column("device", no_wrap=True),
-        *(Column(head, justify="right", no_wrap=True) for head in ("rounds", "samples", "share", "failed", "missed", "late", "refused")),
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = _device_table("rounds", "samples", "share", "failed", "missed", "late", "refused")
     for item in shares:
         ends = [str(count) if count else "-" for count in (item.failed, item.missed, item.late, item.refused)]
         table.add_row(item.device, f"{item.rounds_done}/{item.rounds_asked}", f"{item.samples:,}", f"{item.share:.1%}", *ends)
