@@ -104,7 +104,10 @@ class Held:
     files: frozenset[tuple[tuple[int, str], str]]
 
     def beyond(self, before: Held) -> Held:
-        return Held(self.threads - before.threads, self.children - before.children, self.files - before.files)
+        # By identity alone: the words of a process that was just started are not those of a moment later.
+        known = {identity for identity, _ in before.children}
+        children = frozenset(child for child in self.children if child[0] not in known)
+        return Held(self.threads - before.threads, children, self.files - before.files)
 
     def and_also(self, other: Held) -> Held:
         return Held(self.threads | other.threads, self.children | other.children, self.files | other.files)
@@ -133,13 +136,22 @@ def _children(parent: psutil.Process | None = None) -> Iterator[tuple[tuple[int,
     for child in (parent or psutil.Process()).children():
         try:
             words = " ".join(child.cmdline()) or f"{child.name()} ({child.status()})"
-            identity = (child.pid, child.create_time())
+            identity = (child.pid, _began(child))
         except psutil.NoSuchProcess:
             continue
         if not LASTING_CHILDREN.search(words):
             yield identity, f"{child.pid}: {words[:200]}"
         if identity not in {shared for shared, _ in _shared[0].children}:
             yield from _below(child)
+
+
+def _began(process: psutil.Process) -> float:
+    """Tells a process from a later one with its number. Not by the wall clock, against which psutil reckons: that may be set meanwhile."""
+    try:
+        # Behind the name, which is in brackets and may hold anything: the 20th word is its start in ticks since the machine's.
+        return float(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return process.create_time()
 
 
 def _below(process: psutil.Process) -> Iterator[tuple[tuple[int, float], str]]:
