@@ -37,6 +37,8 @@ class Board:
 
 def installer(options: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEETUNE_")}
+    # A command of this name in PATH may be a shim that starts nothing.
+    kept["PATH"] = f"{sys.base_prefix}/bin{os.pathsep}{kept['PATH']}"
     faked = {"FLEETUNE_MACHINE": "aarch64", "FLEETUNE_BITS": "64", "FLEETUNE_SYSTEM": "Linux", "FLEETUNE_FREE_MIB": "50000"}
     # A dry run with DESTDIR looks at no account and no interpreter's home of the machine that tests run on.
     everything = {**kept, **faked, "DESTDIR": "/nowhere", **(environment or {})}

@@ -43,6 +43,9 @@ class Authority:
         builder = builder.serial_number(x509.random_serial_number())
         builder = builder.not_valid_before(_date(time.time() - DAY_S)).not_valid_after(_date(time.time() + 3650 * DAY_S))
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # Python 3.13 looks for these.
+        builder = builder.add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
         self.certificate = builder.sign(self._key, hashes.SHA256())
 
     @property
@@ -73,7 +76,8 @@ class Authority:
             names += [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(x509.ExtendedKeyUsage([_PURPOSES[purpose]]), critical=False)
-        made = builder.sign(self._key, hashes.SHA256())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        made = builder.add_extension(issuer, critical=False).sign(self._key, hashes.SHA256())
         return made.public_bytes(serialization.Encoding.PEM), begin_s, end_s
 
     def leaf(

@@ -95,6 +95,7 @@ class Door:
         for visit in list(self._visits):
             self._end(visit)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()  # who has ended, but was not counted off yet
 
     # -- one connection
 
