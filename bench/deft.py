@@ -359,7 +359,7 @@ def _learning_table(curves: Mapping[str, Curve], options: argparse.Namespace) ->
         "",
         f"TREC-6, MiniLM, LoRA r=8 on query and value, {DEVICES} devices of equal speed on one machine, IID, batch {BATCH_ROWS}, "
         f"learning rate {options.learning_rate:g}. Rows are those passed forward, summed over devices; seconds are those of rounds, "
-        "evaluation included.",
+        "evaluation included; the planned methods measure their devices in the first one.",
         "",
         f"| method | rows | last accuracy | best | rows to {TARGET:g} | seconds to {TARGET:g} | seconds in all |",
         "| --- | --- | --- | --- | --- | --- | --- |",
