@@ -235,7 +235,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 
 def _task_words(task: asyncio.Task[object]) -> str:
-    return f"{task.get_name()}: {task.get_coro()!r}"
+    coroutine = task.get_coro()
+    # Cython's coroutines do not say of which function they are in their repr.
+    return f"{task.get_name()}: {getattr(coroutine, '__qualname__', '')} {coroutine!r}"
 
 
 @pytest_asyncio.fixture

@@ -17,7 +17,7 @@ from blake3 import blake3
 from fleetune.methods.v1 import echo_pb2
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, fleet_pb2, fleet_pb2_grpc, messages_pb2
 from fleetune.wire import channel, codec
-from fleetune.wire.answers import Answer
+from fleetune.wire.answers import Answer, let_go
 
 ANSWER_S = 20.0
 """Longest wait for anything a test expects; only a bug takes longer."""
@@ -123,7 +123,8 @@ class EchoAgent:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
-        vars(self).pop("_call", None)
+        if (call := vars(self).pop("_call", None)) is not None:
+            let_go(call)
         vars(self).pop("_blobs", None)
 
     async def next_task(self) -> messages_pb2.Task:

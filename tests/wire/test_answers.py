@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from fleetune.wire.answers import Answer
+from fleetune.wire.answers import Answer, let_go
 
 CALLS = 500
 WAIT_S = 30.0
@@ -22,9 +22,17 @@ async def address() -> AsyncIterator[str]:
             break
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now")
 
+    async def say_and_refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        async for _ in requests:
+            break
+        for _ in range(8):
+            await context.write(b"y" * 1000)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much")
+
     server = grpc.aio.server()
+    both: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(say_and_refuse)
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(refuse)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Put": handler}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Put": handler, "Talk": both}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
@@ -65,3 +73,17 @@ async def test_an_error_of_this_end_stays_what_it_is(address: str) -> None:
             await call
         assert answer.of(caught.value) is caught.value
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_call_whose_write_failed_leaves_no_task_behind_though_messages_lie_unread(address: str) -> None:
+    """Leaked tasks fail the test."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        talk: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/t.T/Talk")
+        for _ in range(CALLS // 5):
+            call = talk()
+            try:
+                for _ in range(200):
+                    await asyncio.wait_for(call.write(b"x" * 4096), WAIT_S)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass
+            let_go(call)

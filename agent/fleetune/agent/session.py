@@ -21,6 +21,7 @@ from fleetune.agent.links import Links
 from fleetune.errors import FleetuneError, UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
 from fleetune.waiting import happened, within
+from fleetune.wire.answers import let_go
 
 if TYPE_CHECKING:
     from fleetune.v1.fleet_pb2_grpc import FleetServiceAsyncStub
@@ -276,7 +277,7 @@ class Session:
                     self._mailbox.abandon()
                     self._listener.disconnected()
             finally:
-                call.cancel()
+                let_go(call)
 
     async def _greet(self, call: Call) -> Welcome:
         # What the agent holds is told as of now, not as of the time when it began to dial.

@@ -38,6 +38,19 @@ class Answer:
         return grpc.aio.AioRpcError(code, error.initial_metadata(), trailing, details, error.debug_error_string())
 
 
+def let_go(call: grpc.aio.Call) -> None:
+    """Cancel a call for good. To be called once nobody wants to know its status any more.
+
+    grpc's own `cancel` does nothing where a write has failed, since it then holds the call to be over; below, the call stays open for as
+    long as messages of the other end lie unread, and with it a task.
+    """
+    if call.cancel() or _ready(call.code()) is not grpc.StatusCode.INTERNAL:
+        return
+    below: Any = getattr(call, "_cython_call", None)  # Any: there is no public way
+    if below is not None:
+        below.cancel("let go")
+
+
 def _ready(coroutine: Coroutine[Any, Any, T]) -> T:
     """The value of a coroutine that has nothing to wait for."""
     try:
