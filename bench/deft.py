@@ -33,7 +33,6 @@ import plot
 import report
 import sections
 import trec6
-from minilm import minilm_folder
 from netfleet import Board, NetFleet
 
 from fleetune.coordinator import watch
@@ -308,20 +307,7 @@ def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str])
     training = "" if gradients else f"steps = {steps}\n"
     return f"""
 name = "learning"
-[model]
-base = {json.dumps(str(minilm_folder()))}
-allow_hub = false
-[task]
-kind = "text-classification"
-labels = {json.dumps(list(labels))}
-[lora]
-rank = 8
-alpha = 16
-targets = ["query", "value"]
-[data]
-name = "trec6"
-max_length = 64
-[training]
+{trec6.model_toml(labels)}[training]
 {training}batch_size = {BATCH_ROWS}
 learning_rate = {options.learning_rate}
 {LEARNERS[name]}

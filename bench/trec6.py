@@ -167,11 +167,9 @@ async def job(folder: Path, files: Sequence[Path], toml: str) -> control_pb2.Job
         return view
 
 
-def _toml(options: argparse.Namespace, labels: Sequence[str], seed: int) -> str:
+def model_toml(labels: Sequence[str]) -> str:
+    """The tables of a job that say what is learned: MiniLM with LoRA on TREC-6."""
     return f"""\
-name = "trec6"
-seed = {seed}
-
 [model]
 base = {json.dumps(str(minilm_folder()))}
 allow_hub = false
@@ -189,7 +187,15 @@ targets = ["query", "value"]
 name = "trec6"
 max_length = 64
 
-[training]
+"""
+
+
+def _toml(options: argparse.Namespace, labels: Sequence[str], seed: int) -> str:
+    return f"""\
+name = "trec6"
+seed = {seed}
+
+{model_toml(labels)}[training]
 steps = {options.steps}
 batch_size = {options.batch_size}
 learning_rate = {options.learning_rate}

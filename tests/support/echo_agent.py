@@ -147,18 +147,20 @@ class EchoAgent:
             self._more_done.clear()
             await asyncio.wait_for(self._more_done.wait(), ANSWER_S)
 
+    def _heard(self, body: str | None, response: fleet_pb2.SessionResponse) -> None:
+        if body == "task":
+            self.tasks.put_nowait(response.task)
+        elif body == "cancel":
+            self.cancels.put_nowait(response.cancel)
+        elif body == "receipt":
+            self.receipts.put_nowait(response.receipt)
+        elif body == "draining":
+            self.draining.set()
+
     async def _listen(self) -> None:
         try:
             while isinstance(response := await self._call.read(), fleet_pb2.SessionResponse):
-                body = response.WhichOneof("body")
-                if body == "task":
-                    self.tasks.put_nowait(response.task)
-                elif body == "cancel":
-                    self.cancels.put_nowait(response.cancel)
-                elif body == "receipt":
-                    self.receipts.put_nowait(response.receipt)
-                elif body == "draining":
-                    self.draining.set()
+                self._heard(response.WhichOneof("body"), response)
         except grpc.aio.AioRpcError:
             pass
         finally:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-import grpc.aio
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -125,19 +124,8 @@ class PlannedAgent(EchoAgent):
         made.report.figures.CopyFrom(self.figures)
         return made
 
-    async def _listen(self) -> None:
-        try:
-            while isinstance(response := await self._call.read(), fleet_pb2.SessionResponse):
-                body = response.WhichOneof("body")
-                if body == "task":
-                    self.tasks.put_nowait(response.task)
-                elif body == "cancel":
-                    self.cancels.put_nowait(response.cancel)
-                elif body == "receipt":
-                    self.receipts.put_nowait(response.receipt)
-                elif body == "set_uplink":
-                    self.rates.put_nowait(response.set_uplink)
-        except grpc.aio.AioRpcError:
-            pass
-        finally:
-            self.ended.set()
+    def _heard(self, body: str | None, response: fleet_pb2.SessionResponse) -> None:
+        if body == "set_uplink":
+            self.rates.put_nowait(response.set_uplink)
+        else:
+            super()._heard(body, response)
