@@ -42,6 +42,7 @@ FOLDER_RULES = ("folder_differs", "manifest_differs", "link_differs")
 
 CALLS = ("fsync", "fdatasync", "rename", "link", "unlink", "symlink", "ftruncate", "pwrite64")
 FLUSHES = ("fsync", "fdatasync")
+STRACE = "strace"
 AGENTS = 2
 ROUNDS = 40
 PATH_ROUNDS = 2
@@ -103,7 +104,7 @@ class Outcome:
 
 def unusable() -> str:
     """Why faults cannot be injected here; empty where they can."""
-    if shutil.which("strace") is None:
+    if shutil.which(STRACE) is None:
         return "strace is not installed"
     probe = [*_strace("/dev/null", "fsync", "error=EIO", 1), sys.executable, "-c", "import os; os.fsync(os.open('.', os.O_RDONLY))"]
     ended = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=False)
@@ -116,7 +117,7 @@ def _strace(log: str, call: str, what: str, number: int) -> tuple[str, ...]:
     Not with --seccomp-bpf, which would be faster: strace 6.1 delivers signals at the first call only then.
     """
     return (
-        *("strace", "-D", "-f", "-q", "-y", "-ttt", "-s", "0", "-o", log),
+        *(STRACE, "-D", "-f", "-q", "-y", "-ttt", "-s", "0", "-o", log),
         *("-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}"),
     )
 
@@ -232,16 +233,25 @@ class Bench:
         await self.until(
             lambda: self.fleet.exit_code is not None or self.ledger.committed(self.job_id) >= committed + PATH_ROUNDS or self.ended
         )
+        if (code := self.fleet.exit_code) is not None and before[0] == STRACE:
+            await self.until(self._is_traced)
         self.fleet.before = ()
-        if (code := self.fleet.exit_code) is None:
+        if code is None:
             self.fleet.kill_coordinator()
             return None
         self.outcome.faults += 1
-        trace = self.trace.read_text(encoding="utf-8", errors="replace") if self.trace.exists() else ""
+        trace = self._read_trace()
         hit = [line for line in trace.splitlines() if "(" in line]
         call = re.search(r"(\w+)\(", hit[-1]) if hit else None
         self.outcome.hit(f"{call[1]} of {_about(hit[-1])}" if call else "?")
         return code
+
+    def _is_traced(self) -> bool:
+        """Whether the last line is there: the tracer, no child of ours, may write it after the process that it traced is gone."""
+        return re.search(rf"^{self.fleet.coordinator} .*\+\+\+ (?:killed|exited) .*\n", self._read_trace(), re.MULTILINE) is not None
+
+    def _read_trace(self) -> str:
+        return self.trace.read_text(encoding="utf-8", errors="replace") if self.trace.exists() else ""
 
 
 def _receipts(log: Path) -> list[tuple[str, str]]:

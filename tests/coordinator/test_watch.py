@@ -113,6 +113,7 @@ def test_refused_missed_late_and_offline_devices_are_called_so() -> None:
         (fleet_pb2.TASK_STAGE_TRAINING, "training"),
         (fleet_pb2.TASK_STAGE_EVALUATING, "evaluating"),
         (fleet_pb2.TASK_STAGE_UPLOADING, "uploading"),
+        (fleet_pb2.TASK_STAGE_MEASURING, "measuring"),
     ],
 )
 def test_every_stage_has_its_word(stage: fleet_pb2.TaskStage.ValueType, word: str) -> None:

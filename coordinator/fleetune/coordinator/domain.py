@@ -294,6 +294,11 @@ class RoundEntry:
     """When the planned training began; 0 in rounds without a plan."""
     ended_unix_s: float = 0.0
 
+    @property
+    def working_since_unix_s(self) -> float:
+        """When its devices began to train: measuring them first, which only a first round waits for long, tells nothing of other rounds."""
+        return self.training_since_unix_s or self.started_unix_s
+
     def trained(self) -> list[TaskEntry]:
         """Tasks whose update counts in this round, in device-id order."""
         done = [task for task in self.tasks.values() if task.kind == "train" and task.update is not None]

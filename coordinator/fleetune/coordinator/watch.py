@@ -62,6 +62,7 @@ _STAGES = {
     fleet_pb2.TASK_STAGE_TRAINING: "training",
     fleet_pb2.TASK_STAGE_EVALUATING: "evaluating",
     fleet_pb2.TASK_STAGE_UPLOADING: "uploading",
+    fleet_pb2.TASK_STAGE_MEASURING: "measuring",
 }
 
 _BYTE_STAGES = frozenset({fleet_pb2.TASK_STAGE_FETCHING_BASE, fleet_pb2.TASK_STAGE_FETCHING_STATE, fleet_pb2.TASK_STAGE_UPLOADING})

@@ -55,6 +55,7 @@ class _TaskStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskStage.V
     TASK_STAGE_TRAINING: _TaskStage.ValueType  # 5
     TASK_STAGE_EVALUATING: _TaskStage.ValueType  # 6
     TASK_STAGE_UPLOADING: _TaskStage.ValueType  # 7
+    TASK_STAGE_MEASURING: _TaskStage.ValueType  # 8
 
 class TaskStage(_TaskStage, metaclass=_TaskStageEnumTypeWrapper): ...
 
@@ -66,6 +67,7 @@ TASK_STAGE_LOADING: TaskStage.ValueType  # 4
 TASK_STAGE_TRAINING: TaskStage.ValueType  # 5
 TASK_STAGE_EVALUATING: TaskStage.ValueType  # 6
 TASK_STAGE_UPLOADING: TaskStage.ValueType  # 7
+TASK_STAGE_MEASURING: TaskStage.ValueType  # 8
 Global___TaskStage: _TypeAlias = TaskStage  # noqa: Y015
 
 class _RefusalKind:

@@ -39,6 +39,12 @@ def test_the_length_of_a_round_is_that_of_the_last_ones() -> None:
     assert history.median_s == pytest.approx(3.0)
 
 
+def test_the_time_in_which_devices_were_measured_is_not_part_of_a_round_s_length() -> None:
+    planned = entry(1, 90.0)
+    planned.training_since_unix_s = planned.started_unix_s + 80.0
+    assert History.of([planned]).median_s == pytest.approx(10.0)
+
+
 def test_a_machine_of_hundreds_of_rounds_holds_no_more_than_one_of_a_few() -> None:
     """The machine is written down as a whole with every event, so it must not grow either."""
     desk = Desk(rounds=400, evaluation="devices", metric="loss", update_norm_bound=3.0)

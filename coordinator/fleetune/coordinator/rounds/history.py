@@ -43,7 +43,7 @@ class History:
         self.committed = entry.number
         self.upload_bytes += entry.upload_bytes()
         self.download_bytes += entry.download_bytes()
-        self._seconds.append(entry.ended_unix_s - entry.started_unix_s)
+        self._seconds.append(entry.ended_unix_s - entry.working_since_unix_s)
         self._records[entry.number] = entry
         for number in [n for n in self._records if n <= entry.number - RECENT_ROUNDS and n not in kept]:
             del self._records[number]

@@ -523,7 +523,7 @@ def _remaining_s(job: LiveJob) -> float | None:
     if median is None or job.ended:
         return None
     open_round = job.machine.round
-    spent = min(median, time.time() - open_round.started_unix_s) if open_round else 0.0
+    spent = min(median, time.time() - open_round.working_since_unix_s) if open_round else 0.0
     return max(0.0, median * (job.spec.rounds.count - job.machine.committed) - spent)
 
 
