@@ -70,6 +70,9 @@ class Scrape:
         assert len(found) == 1, f"{name}{labels}: {found}"
         return found[0]
 
+    def has(self, name: str, **labels: str) -> bool:
+        return any(s.name == name and s.labels == labels for family in self.families.values() for s in family.samples)
+
     def labels(self, name: str, label: str) -> set[str]:
         """Values of a label over the samples of this name."""
         return {s.labels[label] for family in self.families.values() for s in family.samples if s.name == name}

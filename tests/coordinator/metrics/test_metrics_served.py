@@ -24,6 +24,8 @@ from support.echo_agent import EchoAgent
 from support.secured import secured
 
 LOOPBACK = "127.0.0.1:0"
+GET_JOB = "/fleetune.v1.ControlService/GetJob"
+LIST_JOBS = "/fleetune.v1.ControlService/ListJobs"
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
@@ -57,7 +59,7 @@ async def test_rounds_bytes_and_devices_are_counted(tmp_path: Path) -> None:
             elm.serve()
             await coordinator.ended(await coordinator.submit(echo_job(rounds=3, minimum=2)))
             await oak.say(heartbeat=fleet_pb2.Heartbeat(sequence=1, cpu_percent=25.0, temperature_c=50.0))
-            found = await until_told(coordinator, "fleetune_device_cpu_ratio", "oak")
+            found = await until_told(coordinator, "fleetune_device_cpu_ratio", device="oak")
         assert found.value("fleetune_devices_online") == 2
         assert found.value("fleetune_device_cpu_ratio", device="oak") == 0.25
         assert found.value("fleetune_jobs", status="completed") == 1
@@ -87,14 +89,14 @@ async def until(true: Callable[[], object]) -> None:
     raise AssertionError("it never became true")
 
 
-async def until_told(coordinator: Coordinator, name: str, device: str) -> scraping.Scrape:
-    """The first scrape in which the device has this metric: its message may still be on its way."""
-    for _ in range(200):
+async def until_told(coordinator: Coordinator, name: str, *, least: float = 0.0, **labels: str) -> scraping.Scrape:
+    """The first scrape that has this metric with no less: what makes it may be on its way, or be counted after the answer went out."""
+    for _ in range(400):
         found = await scraping.scrape(port(coordinator))
-        if device in found.labels(name, "device"):
+        if found.has(name, **labels) and found.value(name, **labels) >= least:
             return found
         await asyncio.sleep(0.05)
-    raise AssertionError(f"{name} of {device} was never told")
+    raise AssertionError(f"{name}{labels} was never told")
 
 
 async def test_an_open_round_tells_its_tasks_and_when_it_moved(tmp_path: Path) -> None:
@@ -128,8 +130,8 @@ async def test_refused_calls_are_counted_by_method_and_status(tmp_path: Path) ->
         for _ in range(3):
             with pytest.raises(grpc.aio.AioRpcError):
                 await coordinator.control.GetJob(control_pb2.GetJobRequest(job_id="none"))
-        found = await scraping.scrape(port(coordinator))
-        assert found.value("fleetune_calls_total", method="/fleetune.v1.ControlService/GetJob", code="NOT_FOUND") == 3
+        found = await until_told(coordinator, "fleetune_calls_total", least=3, method=GET_JOB, code="NOT_FOUND")
+        assert found.value("fleetune_calls_total", method=GET_JOB, code="NOT_FOUND") == 3
 
 
 async def test_a_device_that_asks_for_what_is_an_operator_s_is_counted_as_refused(tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ async def test_a_device_that_asks_for_what_is_an_operator_s_is_counted_as_refuse
         async with fleet.channel(who) as opened:
             with pytest.raises(grpc.aio.AioRpcError):
                 await control_pb2_grpc.ControlServiceStub(opened).ListJobs(control_pb2.ListJobsRequest())
-        found = await scraping.scrape(port(fleet.coordinator))
-        assert found.value("fleetune_calls_total", method="/fleetune.v1.ControlService/ListJobs", code="PERMISSION_DENIED") == 1
+        found = await until_told(fleet.coordinator, "fleetune_calls_total", method=LIST_JOBS, code="PERMISSION_DENIED")
+        assert found.value("fleetune_calls_total", method=LIST_JOBS, code="PERMISSION_DENIED") == 1
         assert found.value("fleetune_refusals_total") == 1
 
 
@@ -203,7 +205,7 @@ async def test_a_bug_in_the_figures_is_an_error_of_the_server_and_no_silence(tmp
         with monkeypatch.context() as patched:
             patched.setattr("fleetune.coordinator.metrics.figures._store", None)
             assert (await scraping.ask(port(coordinator))).status == 500
-        found = await scraping.scrape(port(coordinator))
+        found = await until_told(coordinator, "fleetune_scrapes_total", status="500")
         assert found.value("fleetune_scrapes_total", status="500") == 1
 
 
