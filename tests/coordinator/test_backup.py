@@ -131,7 +131,7 @@ async def test_a_backup_beside_a_coordinator_at_work_can_be_restored(tmp_path: P
         async with EchoAgent(coordinator.address, "a") as a:
             a.serve()
             for number in range(5):
-                await coordinator.until(job, lambda job: job.machine.committed >= 5 * number + 1)  # noqa: B023  # awaited at once
+                await coordinator.committed(job, 5 * number + 1)
                 await coordinator.engine._on_disk(backup.make, tmp_path / "state", tmp_path / f"{number}.tar")
             await coordinator.ended(job)
     for number in range(5):

@@ -14,6 +14,7 @@ from fleetune.coordinator import config, daemon
 from fleetune.coordinator.config import CoordinatorConfig
 from fleetune.coordinator.daemon import Running
 from fleetune.coordinator.domain import RoundEntry
+from fleetune.coordinator.rounds import machine
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rpc.blob import BlobService
@@ -61,6 +62,11 @@ class Coordinator:
             except asyncio.TimeoutError:
                 state = job.machine
                 raise AssertionError(f"job stays {state.status} ({state.message!r}), {state.committed} rounds, {state.round}") from None
+
+    async def committed(self, job: LiveJob, rounds: int) -> None:
+        """Wait until so many rounds are committed and lie on the disk; the machine knows them a moment before."""
+        await self.until(job, lambda job: job.machine.committed >= rounds)
+        await self.engine.ask(job.job_id, machine.Ticked())
 
     async def pause(self, job: LiveJob) -> None:
         await self.control.PauseJob(control_pb2.PauseJobRequest(job_id=job.job_id))
