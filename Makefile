@@ -1,7 +1,7 @@
 # The same verbs for people and for CI. Every verb makes the virtual environment by itself if it is not there yet.
 .DEFAULT_GOAL := help
-CHECKS := check-mypy check-pyright check-ruff check-contracts check-generated check-shell check-prometheus
-.PHONY: help setup demo test test-slow test-all setup-light test-light check $(CHECKS) proto generate-proto bench wheel test-arm clean
+CHECKS := check-mypy check-pyright check-ruff check-contracts check-generated check-shell check-prometheus check-docker
+.PHONY: help setup demo test test-slow test-all setup-light test-light check $(CHECKS) proto generate-proto bench wheel test-arm testbed clean
 
 VENV ?= .venv
 EXTRAS := coordinator,agent,train,torch-cpu,parquet,demo,dev
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench    rounds against bare gRPC (BENCH_ARGS="--agents 8 --mib 16")'
 	@echo 'make wheel    wheel and sdist in dist/'
 	@echo 'make test-arm the agent in an emulated aarch64 Debian, against a coordinator here; root (ARM_ARGS="--folder DIR")'
+	@echo 'make testbed  unequal devices on this machine, with faults and a report (TESTBED_BACKEND=netns, TESTBED_ARGS="--set rounds.count=4")'
 	@echo 'make clean    removes what the above made, but for $(VENV)'
 
 setup: $(READY)
@@ -61,10 +62,13 @@ check-contracts: $(READY)
 	@echo '== import contracts'; $(VENV)/bin/lint-imports --no-logo
 
 check-shell: $(READY)
-	@echo '== shellcheck'; $(VENV)/bin/shellcheck deploy/*.sh .ci/run
+	@echo '== shellcheck'; $(VENV)/bin/shellcheck deploy/*.sh deploy/docker/*.sh .ci/run .ci/testbed
 
 check-prometheus:
 	@echo '== Prometheus files'; deploy/prometheus/check.sh
+
+check-docker:
+	@echo '== compose and Docker files'; deploy/docker/check.sh
 
 check-generated: $(READY)
 	@echo '== generated code'; $(PY) -m pytest -q tests/test_proto_fresh.py
@@ -103,6 +107,16 @@ wheel: $(READY)
 # Minutes, a mirror of Debian and root: too much for every change. docs/edge-install.md has its last result.
 test-arm: $(READY)
 	@$(PY) bench/arm.py $(ARM_ARGS)
+
+# From nothing to a report; what a crash has left of the last time goes first. testbed-state/ keeps record and report.
+TESTBED_BACKEND := compose
+TESTBED_FILE := deploy/testbed.toml
+TESTBED_CHAOS := deploy/chaos.toml
+TESTBED = $(VENV)/bin/fleetune testbed
+testbed: $(READY)
+	@$(TESTBED) down
+	@$(TESTBED) up --backend $(TESTBED_BACKEND) --file $(TESTBED_FILE)
+	@status=0; $(TESTBED) run --chaos $(TESTBED_CHAOS) $(TESTBED_ARGS) || status=$$?; $(TESTBED) down || exit; exit $$status
 
 clean:
 	@rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .venv-light-*

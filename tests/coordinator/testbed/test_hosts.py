@@ -120,3 +120,22 @@ def test_a_folder_without_controllers_is_named(tmp_path: Path) -> None:
     (tmp_path / "cpu").write_text("")
     with pytest.raises(MachineError, match="root and the cpu and memory controllers"):
         Group("board", Limits(1.0), root=tmp_path).create()
+
+
+@needs_namespaces
+def test_a_link_with_a_latency_takes_its_time_in_both_directions() -> None:
+    pair = [Host("server", Limits(1.0)), Host("far", Limits(1.0), Link(8e6, 8e6, latency_ms=50))]
+    with Hosts(pair, prefix=f"ftl{os.getpid()}") as hosts:
+        server = subprocess.Popen(hosts.command("server", [sys.executable, "-c", _RECEIVE]), stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        with server, server.stdout:
+            assert server.stdout.readline() == "ready\n"
+            dial = "import socket, sys, time; begun = time.monotonic(); peer = socket.create_connection((sys.argv[1], 9999)); "
+            dial += "print(time.monotonic() - begun); peer.sendall(b'xy'); peer.close()"
+            took = subprocess.run(
+                hosts.command("far", [sys.executable, "-c", dial, hosts.address("server")]), check=True, capture_output=True, text=True
+            )
+            server.stdout.readline()
+        assert float(took.stdout) >= 0.1
+        sent, received = hosts.traffic()["far"]
+        assert sent > 0 and received > 0

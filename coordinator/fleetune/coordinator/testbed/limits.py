@@ -83,6 +83,35 @@ class Group:
                     return int(value)
         return 0
 
+    def squeeze(self, spare_bytes: int) -> None:
+        """Leave no more memory than is taken now and a little, as if another program had the rest. `relax` undoes it."""
+        taken, _ = self.memory_bytes()
+        if taken is not None:
+            limit = min(taken + spare_bytes, self._limits.memory_bytes or taken + spare_bytes)
+            self._memory_limit.write_text(str(limit))
+
+    def relax(self) -> None:
+        """The limit as it was. Safe where the group is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            unbounded = "max" if self._unified else "-1"
+            self._memory_limit.write_text(unbounded if self._limits.memory_bytes is None else str(self._limits.memory_bytes))
+
+    @property
+    def _memory_limit(self) -> Path:
+        return self._folders[0] / "memory.max" if self._unified else self._folders[1] / "memory.limit_in_bytes"
+
+    @property
+    def made(self) -> bool:
+        """Whether it is there."""
+        return self._folders[0].is_dir()
+
+    def memory_bytes(self) -> tuple[int | None, int | None]:
+        """What it takes now, page cache included, and what it has taken at the most."""
+        if not self._unified:
+            return _number(self._folders[1] / "memory.usage_in_bytes"), _number(self._folders[1] / "memory.max_usage_in_bytes")
+        # memory.peak came with Linux 5.19.
+        return _number(self._folders[0] / "memory.current"), _number(self._folders[0] / "memory.peak")
+
     def cpu_seconds(self) -> float:
         """Processor time of all processes that have run in it."""
         if not self._unified:
@@ -114,3 +143,10 @@ class Group:
                     raise
                 return False
         return True
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
