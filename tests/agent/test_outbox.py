@@ -43,6 +43,19 @@ def test_every_kind_of_result_comes_back_as_it_was_put_in_order(outbox: Outbox) 
     assert outbox.recover().results == results
 
 
+def test_an_update_is_held_to_its_rate_after_a_restart(outbox: Outbox) -> None:
+    paced = replace(written(outbox), uplink_bits_per_s=2e6)
+    outbox.put(paced)
+    assert outbox.recover().results == (paced,)
+    outbox.put(replace(paced, lease=2, uplink_bits_per_s=0.0))
+    assert outbox.results() == (replace(paced, lease=2, uplink_bits_per_s=0.0),)
+    outbox.put(replace(paced, lease=3))
+    outbox.delete(replace(paced, lease=3))
+    # A result of the same name that nobody has planned goes as fast as it can.
+    outbox.put(replace(paced, lease=4, uplink_bits_per_s=0.0))
+    assert outbox.results() == (replace(paced, lease=4, uplink_bits_per_s=0.0),)
+
+
 def test_a_second_result_of_a_task_takes_the_place_of_the_first(outbox: Outbox) -> None:
     outbox.put(Refused("t1", 1, 1, "on battery"))
     outbox.put(Evaluated("t1", 2, 1, b"x"))

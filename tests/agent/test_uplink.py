@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,7 @@ import pytest_asyncio
 from blake3 import blake3
 
 from fleetune.agent import pacing
+from fleetune.agent import uplink as uplinks
 from fleetune.agent.bulk import STRANGE_TRIES_MAX, TransferError
 from fleetune.agent.domain import Blob, FailureKind, Receipt, ReceiptStatus, Update
 from fleetune.agent.downlink import Downlink
@@ -22,7 +23,7 @@ from fleetune.agent.links import Line
 from fleetune.agent.uplink import CLEAR_BYTES, PROBE_PIECE_BYTES, Uplink
 from fleetune.errors import DiskFullError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
-from fleetune.wire import channel
+from fleetune.wire import channel, chunks
 from support.fake_coordinator import CHUNK_BYTES, FakeCoordinator
 
 
@@ -291,6 +292,27 @@ async def test_a_longer_update_keeps_its_chunks_until_its_turn(
     await uplink.close()
 
 
+@pytest.mark.parametrize(("rate", "step_bytes"), [(1 << 60, 2 * uplinks.SLOW_PIECE_BYTES), (0, 2 * chunks.CHUNK_BYTES)])
+async def test_an_upload_that_turns_out_slow_goes_on_in_smaller_pieces(
+    coordinator: FakeCoordinator, bulk: Line, heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, step_bytes: int
+) -> None:
+    monkeypatch.setattr(uplinks, "SLOW_AFTER_S", -1.0)
+    monkeypatch.setattr(uplinks, "SLOW_BYTES_PER_S", rate)
+    sent: list[int] = []
+    uplink = Uplink(
+        bulk, "device", heard.receipts.put_nowait, lambda update, kind, message: None, lambda update, held, total: sent.append(held)
+    )
+    uplink.hears_turns = True
+    coordinator.turn = asyncio.Event()
+    coordinator.turn.set()
+    update, path, data = an_update(tmp_path, 6 * chunks.CHUNK_BYTES)
+    uplink.send(update, path, fresh=True)
+    assert (await soon(heard.receipts)).status is ReceiptStatus.ACCEPTED
+    assert coordinator.updates["t1"].data == data
+    assert sent[-1] - sent[-2] == step_bytes
+    await uplink.close()
+
+
 async def test_an_update_that_waits_for_its_turn_hears_that_it_is_known(
     coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path
 ) -> None:
@@ -351,6 +373,25 @@ async def test_a_rate_that_is_lifted_frees_an_upload_that_waits(
     await soon(heard.receipts)
     await uplink.close()
     assert coordinator.updates["t1"].data == data
+
+
+async def test_an_update_of_before_a_restart_keeps_to_its_rate_until_another_is_told(
+    coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    async def admit(pace: pacing.Pace, size_bytes: int) -> None:
+        rates.append(8 * pace.bucket.bytes_per_s)
+
+    monkeypatch.setattr(pacing.Pace, "admit", admit)
+    kept, path, _ = an_update(tmp_path)
+    uplink.send(replace(kept, uplink_bits_per_s=8e6), path, fresh=False)
+    await soon(heard.receipts)
+    told, path, _ = an_update(tmp_path, task_id="t2")
+    uplink.set_rate("t2", 4e6)
+    uplink.send(replace(told, uplink_bits_per_s=8e6), path, fresh=False)
+    await soon(heard.receipts)
+    assert (rates[0], rates[-1]) == (8e6, 4e6)
 
 
 async def test_an_unpaced_upload_has_no_pace_at_all(

@@ -76,6 +76,8 @@ class Update:
     blob: Blob
     file_name: str
     report: bytes = field(default=b"", repr=False)
+    # At which the plan has it sent; 0 is no bound. The coordinator tells others under way.
+    uplink_bits_per_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -291,4 +291,5 @@ def _result(task: Task, answer: Mapping[str, object], out_path: Path | None) -> 
     if out_path is None:
         return Evaluated(task.task_id, task.lease, task.epoch, base64.b64decode(str(answer["evaluation"])))
     blob = Blob(str(answer["digest"]), int(cast("int", answer["size_bytes"])))
-    return Update(task.task_id, task.lease, task.epoch, blob, out_path.name, base64.b64decode(str(answer["report"])))
+    report = base64.b64decode(str(answer["report"]))
+    return Update(task.task_id, task.lease, task.epoch, blob, out_path.name, report, task.uplink_bits_per_s)

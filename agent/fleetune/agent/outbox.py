@@ -40,6 +40,14 @@ CREATE TABLE IF NOT EXISTS results (
 )
 """
 
+_RATES_SCHEMA = """
+CREATE TABLE IF NOT EXISTS rates (
+    task_id    TEXT PRIMARY KEY,
+    bits_per_s REAL NOT NULL
+)
+"""
+"""Of updates that are held to one. A table of its own, which an older agent does not mind."""
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -89,19 +97,25 @@ class Outbox:
                 "digest = excluded.digest, size_bytes = excluded.size_bytes, file_name = excluded.file_name, body = excluded.body",
                 _row(result),
             )
+            connection.execute("DELETE FROM rates WHERE task_id = ?", (result.task_id,))
+            if isinstance(result, Update) and result.uplink_bits_per_s > 0:
+                connection.execute("INSERT INTO rates (task_id, bits_per_s) VALUES (?, ?)", (result.task_id, result.uplink_bits_per_s))
 
     def delete(self, result: Result) -> None:
         """Forget a result, first its row and then its file. Nothing happens where it is gone already, or another took its place."""
         with self._transaction() as connection:
             own = (result.task_id, result.epoch, result.lease)
             connection.execute("DELETE FROM results WHERE task_id = ? AND epoch = ? AND lease <= ?", own)
+            # Also those of an older agent's deletions, which knows nothing of rates.
+            connection.execute("DELETE FROM rates WHERE task_id NOT IN (SELECT task_id FROM results)")
         if isinstance(result, Update):
             self.path_of(result).unlink(missing_ok=True)
 
     def results(self) -> tuple[Result, ...]:
         """All rows, oldest first."""
         rows = self._connection.execute(
-            "SELECT task_id, lease, epoch, kind, digest, size_bytes, file_name, body FROM results ORDER BY rowid"
+            "SELECT task_id, lease, epoch, kind, digest, size_bytes, file_name, body, bits_per_s "
+            "FROM results LEFT JOIN rates USING (task_id) ORDER BY results.rowid"
         )
         return tuple(_result(*row) for row in rows)
 
@@ -147,6 +161,7 @@ def _open(database: str) -> sqlite3.Connection:
                 "Use the newer agent, or empty the state folder.",
             )
         connection.execute(_SCHEMA)
+        connection.execute(_RATES_SCHEMA)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("SELECT count(*) FROM results").fetchone()
     except BaseException:
@@ -183,9 +198,11 @@ def _row(result: Result) -> tuple[str, int, int, str, str, int, str, bytes]:
     return (result.task_id, result.lease, result.epoch, "failed", "", 0, "", json.dumps(told).encode())
 
 
-def _result(task_id: str, lease: int, epoch: int, kind: str, digest: str, size_bytes: int, file_name: str, body: bytes) -> Result:
+def _result(
+    task_id: str, lease: int, epoch: int, kind: str, digest: str, size_bytes: int, file_name: str, body: bytes, bits_per_s: float | None
+) -> Result:
     if kind == "update":
-        return Update(task_id, lease, epoch, Blob(digest, size_bytes), file_name, body)
+        return Update(task_id, lease, epoch, Blob(digest, size_bytes), file_name, body, bits_per_s or 0.0)
     if kind == "evaluated":
         return Evaluated(task_id, lease, epoch, body)
     if kind == "measured":

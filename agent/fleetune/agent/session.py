@@ -282,7 +282,12 @@ class Session:
     async def _greet(self, call: Call) -> Welcome:
         # What the agent holds is told as of now, not as of the time when it began to dial.
         await call.wait_for_connection()
-        await call.write(fleet_pb2.SessionRequest(hello=await self._hello()))
+        hello = await self._hello()
+        try:
+            await call.write(fleet_pb2.SessionRequest(hello=hello))
+        except asyncio.InvalidStateError:
+            await call.wait_for_connection()  # raises the status with which the call has ended since it began
+            raise _Lost("the stream was cut before Hello") from None
         response = await call.read()
         if not isinstance(response, fleet_pb2.SessionResponse):
             raise _Lost("the coordinator ended the stream before a welcome")

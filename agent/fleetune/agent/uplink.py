@@ -51,6 +51,12 @@ PROBE_DEADLINE_S = 30.0
 PROBE_S_MIN = 0.001
 """Below this the coordinator's clock says nothing; it is two gigabits a second, more than any plan asks for."""
 
+SLOW_AFTER_S = 0.25
+SLOW_BYTES_PER_S = 32 << 20
+SLOW_PIECE_BYTES = 128 << 10
+"""An upload that is slower after so long goes on in pieces of this size. The coordinator then lets others go on beside it, dozens where all
+are slow, and holds several pieces of each in memory."""
+
 REQUESTS_AHEAD = 2
 """Chunks read in one turn of the thread while as many are being sent: a turn costs more than the reading."""
 
@@ -86,6 +92,8 @@ class Uplink:
 
     def send(self, update: Update, path: Path, *, fresh: bool) -> None:
         """Begin to send; nothing happens where this update is under way. A fresh one was never sent, which spares a question."""
+        if update.uplink_bits_per_s > 0 and update.task_id not in self._paces:  # it was made before this agent's start
+            self.set_rate(update.task_id, update.uplink_bits_per_s)
         under_way = self._tasks.get(update.task_id)
         if under_way is not None and not under_way.done():
             self.wake()
@@ -210,7 +218,7 @@ class Uplink:
             while reading is not None:
                 requests, offset = await reading
                 pace = self._paces.get(update.task_id)
-                reading = self._files.run(reader.following, self._piece_bytes(pace)) if offset < size_bytes else None
+                reading = self._files.run(reader.following, _piece_bytes(pace, timing)) if offset < size_bytes else None
                 try:
                     for request in requests:
                         if pace is not None and not timing.opening:
@@ -248,9 +256,12 @@ class Uplink:
             raise WireError(f"The coordinator ended the upload of task {update.task_id} without a receipt.")
         return convert.receipt(response.receipt)
 
-    def _piece_bytes(self, pace: Pace | None) -> int:
-        """Bytes of the next requests; 0 is as many as go into a chunk."""
-        return pace.bucket.piece_bytes if pace is not None and pace.bucket.bytes_per_s else 0
+
+def _piece_bytes(pace: Pace | None, timing: _Timing) -> int:
+    """Bytes of the next requests; 0 is as many as go into a chunk."""
+    if pace is not None and pace.bucket.bytes_per_s:
+        return pace.bucket.piece_bytes
+    return SLOW_PIECE_BYTES if timing.is_slow() else 0
 
 
 class _Timing:
@@ -272,6 +283,11 @@ class _Timing:
     def held_to(self, bytes_per_s: float) -> None:
         if bytes_per_s > 0:
             self._limit = min(self._limit, bytes_per_s)
+
+    def is_slow(self) -> bool:
+        """Whether the bytes take long, by what is known so far."""
+        taken_s = time.monotonic() - self._begun_s
+        return self._has_turn and taken_s > SLOW_AFTER_S and self._sent - self._offset < SLOW_BYTES_PER_S * taken_s
 
     def sent(self, offset: int) -> None:
         if offset > self._sent and self._batches == 0:

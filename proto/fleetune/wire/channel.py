@@ -34,9 +34,15 @@ CLIENT_WINDOW_BYTES = 4 * 1024 * 1024
 SERVER_WINDOW_BYTES = 256 * 1024
 """The same towards the coordinator. An upload whose turn it is gets room for a whole chunk on top."""
 
-READ_BUFFER_BYTES = 64 * 1024
+CLIENT_READ_BYTES = 64 * 1024
 """What one read of a connection takes at most. gRPC doubles the buffer as long as reads fill it, up to what a window lets through, and each
 connection keeps its own while it is idle: with chunks of 1 MiB that was 0.8 MiB for every device of the fleet."""
+
+SERVER_READ_BYTES = 12_000
+"""The same for the coordinator, which has two connections of each device. From 12 KiB on gRPC takes 64 KiB at a time, below it 8 KiB."""
+
+SERVER_RECORD_BYTES = 4 * 1024
+"""TLS records of the coordinator. Each connection has a buffer for one, of 16 KiB unless told otherwise."""
 
 METADATA_BYTES_MAX = 8 * 1024
 
@@ -64,6 +70,8 @@ def server_options() -> list[Option]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", 100),
         ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
+        ("grpc.experimental.tcp_max_read_buffer_size", SERVER_READ_BYTES),
+        ("grpc.tsi.max_frame_size", SERVER_RECORD_BYTES),
         # A connection that does not finish its handshake holds a descriptor for no longer than this.
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
         # Two coordinators on one port would share its connections at random.
@@ -81,6 +89,7 @@ def channel_options() -> list[Option]:
         # A connection of its own: channels with equal options otherwise share one, and bulk would starve heartbeats.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.http2.lookahead_bytes", CLIENT_WINDOW_BYTES),
+        ("grpc.experimental.tcp_max_read_buffer_size", CLIENT_READ_BYTES),
         # A proxy from the environment has no business between a board and its coordinator on the same network.
         ("grpc.enable_http_proxy", 0),
         ("grpc.channel_id", uuid.uuid4().hex),
@@ -132,5 +141,4 @@ def _common_options() -> Sequence[Option]:
         ("grpc.http2.max_pings_without_data", 0),
         # Left to itself gRPC widens a stream's window to tens of MiB, all of it memory of a receiver that is slower than its peer.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.experimental.tcp_max_read_buffer_size", READ_BUFFER_BYTES),
     ]
