@@ -1,11 +1,12 @@
 """DEFT on real processes: round latency by solver on unequal devices, and what each layout learns in the same time.
 
     .venv/bin/python bench/deft.py latency [--fleets 3] [--write]       # root: namespaces, shaped links, quotas
-    .venv/bin/python bench/deft.py learning --data FOLDER [--write]
+    .venv/bin/python bench/deft.py learning --data FOLDER [--alpha 0.5] [--seeds 3] [--write]
 
 latency: 8 devices whose quotas of processor time (at most 1.5 cores together) and solo link rates are 4 times apart train a decoder of
 6 layers, whose own weights are the payload. Airtime is the shared resource, and shares are hard caps for every solver.
 learning: 8 devices fine-tune MiniLM on TREC-6; accuracy by seconds and by rows for DEFT, depth-aware data parallelism and federated LoRA.
+Of several seeds, each of which seeds the split, the adapter and the order of rows, the median counts.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ TOKENS, ROWS = 64, 10
 WARMUP_ROUNDS = 3
 TARGET = 0.85
 """Accuracy whose time is told."""
-_PICTURE = Path(__file__).resolve().parents[1] / "docs" / "deft.svg"
+_DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 SOLVERS: Mapping[str, Sequence[str]] = {
     "exact": ("method.solver=exact",),
@@ -90,6 +91,9 @@ def main() -> int:
     learning.add_argument("--rows", type=int, default=24_576, help="passed forward by each method")
     learning.add_argument("--points", type=int, default=12, help="of each curve")
     learning.add_argument("--learning-rate", type=float, default=2e-3)
+    learning.add_argument("--alpha", type=float, default=0.0, help="of a Dirichlet split; 0 deals the rows evenly")
+    learning.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ...")
+    learning.add_argument("--first-seed", type=int, default=0)
     learning.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
     learning.add_argument("--write", action="store_true", help="put table and picture into docs/")
     options = parser.parse_args()
@@ -275,31 +279,55 @@ class Curve:
 
 def _learning(options: argparse.Namespace) -> int:
     labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
-    curves: dict[str, Curve] = {}
-    for name in options.learners:
-        with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
-            folder = Path(scratch)
-            files = _dealt(options.data, folder)
-            view = asyncio.run(trec6.job(folder, files, _learning_job(name, options, labels)))
-        curves[name] = _curve(view)
-        print(
-            f"{name}: {view.rounds_committed} rounds, accuracy {curves[name].accuracy[-1]:.4f} after {curves[name].rows[-1]:,} rows",
-            flush=True,
-        )
-    text = _learning_table(curves, options)
+    found: dict[str, list[Curve]] = {name: [] for name in options.learners}
+    # A seed for all methods, then the next: what disturbs the machine for a while disturbs them all.
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for name in options.learners:
+            with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
+                folder = Path(scratch)
+                files = _dealt(options.data, folder, options.alpha, seed)
+                view = asyncio.run(trec6.job(folder, files, _learning_job(name, options, labels, seed)))
+            curve = _curve(view)
+            found[name].append(curve)
+            print(
+                f"{name}, seed {seed}: {view.rounds_committed} rounds, accuracy {curve.accuracy[-1]:.4f} after {curve.rows[-1]:,} rows",
+                flush=True,
+            )
+    text = _learning_table(found, options)
     print(text)
     if options.write:
-        _PICTURE.write_text(_picture(curves), encoding="utf-8")
-        sections.put("deft-learning", f"{text}\n\n![accuracy by rows and by seconds]({_PICTURE.name})\n\n{sections.measured(_command())}")
+        kind = "-dirichlet" if options.alpha else ""
+        picture = _DOCS / f"deft{kind}.svg"
+        picture.write_text(_picture({name: middle(curves) for name, curves in found.items()}), encoding="utf-8")
+        sections.put(
+            f"deft-learning{kind}", f"{text}\n\n![accuracy by rows and by seconds]({picture.name})\n\n{sections.measured(_command())}"
+        )
     return 0
 
 
-def _dealt(data: Path, folder: Path) -> list[Path]:
+def middle(curves: Sequence[Curve]) -> Curve:
+    """Of the seeds' curves the median at each evaluation; rows differ where a device's own are few, or a device was left out."""
+
+    def medians(parts: Sequence[Sequence[float]]) -> list[float]:
+        return [statistics.median(values) for values in zip(*parts, strict=True)]
+
+    return Curve(
+        tuple(round(rows) for rows in medians([curve.rows for curve in curves])),
+        tuple(medians([curve.seconds for curve in curves])),
+        tuple(medians([curve.accuracy for curve in curves])),
+    )
+
+
+def _dealt(data: Path, folder: Path, alpha: float, seed: int) -> list[Path]:
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return trec6.dealt_files(rows, split.iid(len(rows), DEVICES, 0), folder)
+    if alpha > 0:
+        of_rows = [str(row["label"]) for row in rows]
+        shares = split.dirichlet_shares(of_rows, DEVICES, alpha, seed)
+        return trec6.dealt_files(rows, split.by_shares(of_rows, shares, DEVICES, seed), folder)
+    return trec6.dealt_files(rows, split.iid(len(rows), DEVICES, seed), folder)
 
 
-def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str]) -> str:
+def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str], seed: int) -> str:
     gradients = name.endswith("gradients")
     steps = 1 if gradients else STEPS
     # DEFT trains one block on each row: as many rounds as pass the same number of rows forward.
@@ -307,6 +335,7 @@ def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str])
     training = "" if gradients else f"steps = {steps}\n"
     return f"""
 name = "learning"
+seed = {seed}
 {trec6.model_toml(labels)}[training]
 {training}batch_size = {BATCH_ROWS}
 learning_rate = {options.learning_rate}
@@ -339,26 +368,34 @@ def _curve(view: control_pb2.JobView) -> Curve:
     return Curve(tuple(rows), tuple(seconds), tuple(accuracy))
 
 
-def _learning_table(curves: Mapping[str, Curve], options: argparse.Namespace) -> str:
+def _learning_table(found: Mapping[str, Sequence[Curve]], options: argparse.Namespace) -> str:
+    how = f"Dirichlet({options.alpha:g})" if options.alpha else "IID"
+    seeds = "" if options.seeds == 1 else f" Medians of {options.seeds} seeds, of split, adapter and order; least and greatest in brackets."
     lines = [
-        "## DEFT: what is learned by when",
+        f"## DEFT: what is learned by when, {how}" if options.alpha else "## DEFT: what is learned by when",
         "",
-        f"TREC-6, MiniLM, LoRA r=8 on query and value, {DEVICES} devices of equal speed on one machine, IID, batch {BATCH_ROWS}, "
+        f"TREC-6, MiniLM, LoRA r=8 on query and value, {DEVICES} devices of equal speed on one machine, {how}, batch {BATCH_ROWS}, "
         f"learning rate {options.learning_rate:g}. Rows are those passed forward, summed over devices; seconds are those of rounds, "
-        "evaluation included; the planned methods measure their devices in the first one.",
+        f"evaluation included; the planned methods measure their devices in the first one.{seeds}",
         "",
         f"| method | rows | last accuracy | best | rows to {TARGET:g} | seconds to {TARGET:g} | seconds in all |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, curve in curves.items():
+    for name, curves in found.items():
+        curve = middle(curves)
         reached = next((index for index, value in enumerate(curve.accuracy) if value >= TARGET), None)
         rows = "-" if reached is None else f"{curve.rows[reached]:,}"
         seconds = "-" if reached is None else f"{curve.seconds[reached]:.0f}"
         lines.append(
-            f"| {name} | {curve.rows[-1]:,} | {curve.accuracy[-1]:.3f} | {max(curve.accuracy):.3f} | {rows} | {seconds} "
-            f"| {curve.seconds[-1]:.0f} |"
+            f"| {name} | {curve.rows[-1]:,} | {_spread([one.accuracy[-1] for one in curves])} "
+            f"| {_spread([max(one.accuracy) for one in curves])} | {rows} | {seconds} | {curve.seconds[-1]:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, and of several values the least and the greatest."""
+    return f"{statistics.median(values):.3f}" + (f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else "")
 
 
 def _picture(curves: Mapping[str, Curve]) -> str:

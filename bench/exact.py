@@ -149,7 +149,8 @@ class Bench:
         await self.until(lambda: self.ended)
         self._expected = await self.final()
         if not self._expected:
-            raise RuntimeError("the undisturbed job did not complete")
+            why = self.ledger.ask("SELECT json_extract(machine, '$.message') FROM jobs WHERE job_id = ?", self.job_id)
+            raise RuntimeError(f"the undisturbed job did not complete: {self.ledger.status(self.job_id)}, {why}")
         await self.submit()
         self.fleet.kill_coordinator()
 

@@ -70,17 +70,24 @@ async def run(fleet: Fleet, *words: str) -> int:
         return await asyncio.to_thread(main, ["--plaintext", "--coordinator", address, *words])
 
 
+TESTBED = ("up", "status", "run", "chaos", "report", "down")
+
+
 def test_every_expected_verb_is_there() -> None:
     expected = {"serve", "submit", "validate", "watch", "jobs", "devices", "cancel", "pause", "resume", "export", "logs", "report"}
-    expected |= {"completion", "demo", "version", "health", "gc", "audit", "backup", "restore", "check", "plan"}
+    expected |= {"completion", "demo", "version", "health", "gc", "audit", "backup", "restore", "check", "plan", "shrink"}
     expected |= {"init", "token", "operators", "join", "ca"}
     expected |= {f"token {verb}" for verb in ("create", "list", "revoke")} | {"ca rotate"}
     expected |= {f"devices {verb}" for verb in ("revoke", "quarantine", "release")}
     expected |= {f"operators {verb}" for verb in ("list", "renew", "revoke")}
+    expected |= {"testbed"} | {f"testbed {verb}" for verb in TESTBED}
     assert expected == set(VERBS)
 
 
-OFFLINE = {"serve", "validate", "completion", "demo", "version", "backup", "restore", "check", "plan", "init", "ca", "ca rotate"}
+OFFLINE = {"serve", "validate", "completion", "demo", "version", "backup", "restore", "check", "plan", "shrink"} | {
+    *("init", "ca", "ca rotate", "testbed"),
+    *(f"testbed {verb}" for verb in TESTBED),
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -61,7 +61,8 @@ def running(base: Path, folder: Path, *words: str) -> Iterator[subprocess.Popen[
             yield process
         finally:
             for left in relatives(folder):
-                left.kill()
+                with suppress(psutil.NoSuchProcess):  # about to end by itself
+                    left.kill()
             process.wait()
 
 

@@ -118,14 +118,18 @@ def test_agents_come_back_to_a_coordinator_that_was_away_and_the_open_round_goes
 
 
 def test_a_device_that_stands_still_is_left_behind_and_its_late_update_is_not_folded(tmp_path: Path) -> None:
-    with Fleet(tmp_path, {"a": Agent(), "b": Agent()}, coordinator=BRISK) as fleet:
+    # A lease that outlasts the round: it is the deadline that closes it.
+    with Fleet(tmp_path, {"a": Agent(), "b": Agent()}, coordinator=("--heartbeat-s", "0.5", "--lease-s", "60")) as fleet:
+        # The first task starts an agent's child, which may take longer than the deadline.
+        fleet.completed(echo_job(1, devices={"minimum": 2}))
         fleet.freeze("b")
-        view = fleet.wait(fleet.submit(echo_job(1, rounds={"deadline_s": 1.0}, devices={"minimum": 2})))
+        view = fleet.wait(fleet.submit(echo_job(1, rounds={"deadline_s": 5.0}, devices={"minimum": 2})))
         fleet.thaw("b")
         fleet.online("b")
 
     assert view.state == control_pb2.JOB_STATE_COMPLETED
     assert [task_of(view.history[0], name).state for name in "ab"] == [DONE, MISSED]
+    assert "deadline" in task_of(view.history[0], "b").failure.message
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,18 @@ def test_auto_tells_what_it_has_compared(tmp_path: Path, bert: Path, rows: Path)
     assert set(depths(view.history[-1])) == DEPTHS
 
 
+@pytest.mark.parametrize("sharing", ["hard", "weights"])
+def test_all_uploads_together_keep_to_the_shared_uplink(tmp_path: Path, bert: Path, rows: Path, sharing: str) -> None:
+    uplink_mbps, rounds = 0.4, 3
+    with Fleet(tmp_path, {name: Agent({"colours": str(rows)}) for name in "abcd"}) as fleet:
+        method = {"uplink_mbps": uplink_mbps, "sharing": sharing, "layout": "depth"}
+        view = fleet.completed(job(bert, rounds, method=method, lora={"rank": 32}))
+    for entry in view.history:
+        parts = [task.plan for task in trained(entry).values()]
+        seconds = max(part.actual_finish_s for part in parts) - min(part.actual_ready_s for part in parts)
+        assert 8 * entry.upload_bytes / seconds <= uplink_mbps * 1e6 * 1.05
+
+
 def test_the_block_of_a_killed_device_goes_to_an_idle_one(tmp_path: Path, bert: Path, rows: Path) -> None:
     agents = {name: Agent({"colours": str(rows)}) for name in "abcd"}
     with Fleet(tmp_path, agents, coordinator=BRISK) as fleet:

@@ -59,12 +59,12 @@ def test_agents_with_results_of_the_lost_future_are_told_and_train_again(tmp_pat
         assert view.state == control_pb2.JOB_STATE_COMPLETED, fleet.logs()
         assert view.rounds_committed == ROUNDS
         assert f"epochs than {done.epoch} are refused" in fleet.log_of("coordinator")
+        fleet.poll(lambda: not any(outbox(fleet, name) for name in ("a", "b")), "empty outboxes")
         told = "".join(fleet.log_of(name) for name in ("a", "b"))
         for task_id in lost:
             # Refused, or given up for the new task of that id where this one came first.
             refused = re.search(rf"result refused task={task_id} .*older state was restored", told)
             assert refused or told.count(f"task received task={task_id} ") == 2, fleet.logs()
-        fleet.poll(lambda: not any(outbox(fleet, name) for name in ("a", "b")), "empty outboxes")
         with closing(sqlite3.connect(fleet.coordinator_state / "coordinator.sqlite")) as raw:
             counted = raw.execute("SELECT count(*), count(DISTINCT task_id) FROM updates WHERE status = 'accepted'").fetchone()
         assert counted == (2 * ROUNDS, 2 * ROUNDS)

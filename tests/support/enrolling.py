@@ -39,7 +39,7 @@ def dialled(address: str, own: Identity | None) -> grpc.Channel:
 def token(opened: grpc.Channel, address: str, uses: int = 1) -> JoinLine:
     """The line that `fleetune token create` prints, for devices; `address` is the one to dial."""
     request = registry_pb2.CreateTokenRequest(kind=registry_pb2.IDENTITY_KIND_AGENT, uses=uses, ttl_s=3600.0)
-    answer = registry_pb2_grpc.RegistryServiceStub(opened).CreateToken(request, timeout=10)
+    answer = registry_pb2_grpc.RegistryServiceStub(opened).CreateToken(request, timeout=60, wait_for_ready=True)
     return JoinLine(address, answer.join_port, bytes.fromhex(answer.root_fingerprint), answer.token)
 
 

@@ -25,10 +25,11 @@ from support import enrolling
 READY_S = 60.0
 """From a process's start until it serves or is connected; only a hang takes longer."""
 
+CALL_S = 60.0
 JOB_S = 120.0
 """Longest wait for a state of a job; below a test's own limit, so that the logs are told."""
 
-STOP_S = 30.0
+STOP_S = 60.0
 TAIL_LINES = 60
 MARK = "FLEET_OF_A_TEST"
 
@@ -287,13 +288,15 @@ class Fleet:
 
     def submit(self, toml: str) -> str:
         """The new job's id; an AssertionError with the complaints where the file is wrong."""
-        answer = self.control.SubmitJob(control_pb2.SubmitJobRequest(job_toml=toml, submit_id=uuid.uuid4().hex), timeout=10)
+        answer = self.control.SubmitJob(
+            control_pb2.SubmitJobRequest(job_toml=toml, submit_id=uuid.uuid4().hex), timeout=CALL_S, wait_for_ready=True
+        )
         assert not answer.complaints, f"{answer.complaints}\n{toml}"
         return answer.job_id
 
     def view(self, job_id: str) -> JobView:
         """The job with its history."""
-        return self.control.GetJob(control_pb2.GetJobRequest(job_id=job_id), timeout=10).job
+        return self.control.GetJob(control_pb2.GetJobRequest(job_id=job_id), timeout=CALL_S, wait_for_ready=True).job
 
     def until(self, job_id: str, wanted: Callable[[JobView], bool], what: str, timeout_s: float = JOB_S) -> JobView:
         """Follow the job until `wanted`; woken by the coordinator at each change. FleetError when it ends before or takes too long."""
@@ -337,7 +340,7 @@ class Fleet:
         return folder
 
     def devices(self) -> dict[str, control_pb2.DeviceView]:
-        answer = self.control.ListDevices(control_pb2.ListDevicesRequest(), timeout=10, wait_for_ready=True)
+        answer = self.control.ListDevices(control_pb2.ListDevicesRequest(), timeout=CALL_S, wait_for_ready=True)
         return {device.name: device for device in answer.devices}
 
     def online(self, *names: str) -> None:
@@ -383,7 +386,7 @@ class Fleet:
 
     # -- orphans
 
-    def left_behind(self, grace_s: float = 5.0) -> list[str]:
+    def left_behind(self, grace_s: float = 30.0) -> list[str]:
         """Processes of this fleet that still run although every daemon has ended; by the mark in their environment."""
         deadline = time.monotonic() + grace_s
         while found := [process for process in self._marked() if process.pid not in self._daemon_pids()]:

@@ -465,8 +465,8 @@ class JobFile(Target):
             _check_complaints(error)
             return outcome_of(error)
         assert jobspec.parse(text) == spec
-        again = overrides.apply(text, ["rounds.count=3"])
-        assert jobspec.parse(again).rounds.count == 3
+        again = overrides.apply(text, ["seed=3"])
+        assert jobspec.parse(again).seed == 3
         return f"a job of {spec.method.name}, {spec.task.kind}"
 
 

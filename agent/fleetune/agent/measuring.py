@@ -24,9 +24,10 @@ from fleetune.v1 import messages_pb2
 
 LOG = logging.getLogger(__name__)
 
-WARMUP_STEPS = 1
+WARMUP_STEPS = 3
 TIMED_STEPS = 3
-"""Fewer than `fleetune-agent probe` takes, since a round waits for them; rounds correct what they tell."""
+POINTS = 3
+"""Fewer steps and depths than `fleetune-agent probe` takes, since a round waits for them; rounds correct what they tell."""
 
 ROOM_SHARE = 0.9
 """Of the memory that is free: what else runs here may want some more."""
@@ -94,6 +95,7 @@ class Measures:
             "batch_rows": wish.key.batch_rows,
             "warmup_steps": WARMUP_STEPS,
             "timed_steps": TIMED_STEPS,
+            "points": POINTS,
             "only": wish.only,
             "without_moments": not wish.moments,
             "room_bytes": self._room_bytes(held_bytes),

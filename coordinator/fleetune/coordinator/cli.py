@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from fleetune.complaints import ComplaintsError
-from fleetune.coordinator import cli_fleet, faults, planverb
+from fleetune.coordinator import cli_fleet, faults, planverb, shrinkverb, testbedverbs
 from fleetune.coordinator.cliverbs import ADDRESS_VARIABLE, ASKING, Globals, Verb, asks, now, print_json, reaches, run, say
 from fleetune.coordinator.cliverbs import console as open_console
 from fleetune.coordinator.exitcodes import ExitCode
@@ -132,6 +132,7 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
     examples=[
         "fleetune demo",
         "fleetune demo --method deft",
+        "fleetune demo --method fedspine",
         "fleetune demo --agents 4 --split dirichlet --alpha 0.5",
         "fleetune demo --data ./my-texts --rounds 5",
     ],
@@ -140,13 +141,19 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with train.jsonl, validation.jsonl and test.jsonl (text, label).")
 @click.option(
     "--method",
-    type=click.Choice(["fedavg_lora", "deft", "auto"]),
+    type=click.Choice(["fedavg_lora", "deft", "auto", "fedspine"]),
     default="fedavg_lora",
     show_default=True,
-    help="deft plans which agent trains which layers, on links of unequal speed; auto lets the planner choose who trains what.",
+    help="deft plans which agent trains which layers, on links of unequal speed; auto lets the planner choose who trains what; fedspine "
+    "halves the model's layers while it is tuned.",
 )
-@click.option("--rounds", type=click.IntRange(1, 1000), default=12, show_default=True, help="Rounds to train.")
-@click.option("--steps", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Optimiser steps of an agent in a round.")
+@click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds to train; 12 if left out; 100 short ones for deft, 14 for fedspine.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 10_000),
+    help="Optimiser steps of an agent in a round; 12 if left out, 15 for fedspine. deft: agents take steps only if this is given, else "
+    "they send gradients.",
+)
 @click.option("--agents", type=click.IntRange(1, 32), help="Agents to start; 3 if left out, 4 for deft, one for each block.")
 @click.option("--split", type=click.Choice(["iid", "dirichlet"]), default="iid", show_default=True, help="How rows are dealt to agents.")
 @click.option(
@@ -169,6 +176,8 @@ def demo(context: click.Context, /, as_json: bool, plain: bool, **settings: Any)
     console = open_console(context)
     if settings["agents"] is None:
         settings["agents"] = run.AGENTS[settings["method"]]
+    if settings["rounds"] is None:
+        settings["rounds"] = run.ROUNDS[settings["method"]]
     return int(run.main(run.DemoSettings(**settings), console, lines=plain or not console.is_terminal, as_json=as_json))
 
 
@@ -608,7 +617,11 @@ def _progress(done_word: str, silent: bool) -> Callable[[int, int], None]:
     return hear
 
 
+for _verb in testbedverbs.VERBS:
+    cli.add_command(_verb)
+
 cli.command(cls=Verb, examples=planverb.EXAMPLES, codes=planverb.CODES)(planverb.plan)
+cli.command(cls=Verb, examples=shrinkverb.EXAMPLES, codes=shrinkverb.CODES)(shrinkverb.shrink)
 
 
 # --- the tool itself -------------------------------------------------------------------------------------------------

@@ -116,6 +116,46 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class PruneSettings:
+    """How a job prunes while it trains; None in a job whose method does not prune."""
+
+    target: float = 0.5
+    """Sparsity in the end: the share of heads and neurons that is cut."""
+    steps: int = 60
+    """Local steps of a round."""
+    tau: int = 20
+    """Steps after each cut."""
+    step_max: float = 0.1
+    """Sparsity that one round may add."""
+    recovery_rounds: int = 2
+    """The last ones, in which nothing is cut where it can be helped."""
+    choice: Literal["bandit", "fixed"] = "bandit"
+    pace: float = 0.5
+    """Of all devices where the choice is fixed: the share of what may be cut in a round."""
+    rank: int = 8
+    """The same; and the largest one of the bandit."""
+    rank_min: int = 2
+    rank_max: int = 8
+    exploration: float = 0.1
+    discount: float = 0.98
+    deadline_s: float = 0.0
+    """Of a round; 0 is none."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What one device was told to prune in a round, and its LoRA's rank."""
+
+    device_id: str
+    structure: str
+    """Hex of what its model kept when the round began; empty: everything."""
+    sparsity_before: float
+    sparsity_after: float
+    pace: float
+    rank: int
+
+
+@dataclass(frozen=True)
 class PlannedPart:
     """One device's part of a planned round. Times are from the round's training start, as predicted."""
 
@@ -213,6 +253,9 @@ class Update:
     sent_s: float = 0.0
     """Seconds of the upload."""
     figures: DeviceFigures | None = None
+    structure: str = ""
+    """Hex of what the device's model keeps; empty in jobs that do not prune, and where nothing is cut."""
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -251,6 +294,8 @@ class FoldOutcome:
     optimizer: Blob | None = None
     coverage_min: int = 0
     update_norm: float = 0.0
+    metrics: Metrics = field(default_factory=dict[str, float])
+    """What the fold tells of itself, as how far a mean of LoRA pairs is from the exact one."""
 
 
 @dataclass
@@ -285,11 +330,15 @@ class RoundEntry:
     optimizer: Blob | None = None
     metrics: Metrics = field(default_factory=dict[str, float])
     evaluation_rows: int = 0
+    fold_metrics: Metrics = field(default_factory=dict[str, float])
+    """What the fold told of itself; nothing is decided by it."""
     late: int = 0
     update_norm: float = 0.0
     norm_limit: float = 0.0
     """The largest norm that a device's update may have; 0 is no bound. Fixed when the round is opened."""
     plan: RoundPlan | None = None
+    prunings: tuple[Pruning, ...] = ()
+    """What its devices were told to prune, in device-id order; none in jobs that do not."""
     training_since_unix_s: float = 0.0
     """When the planned training began; 0 in rounds without a plan."""
     ended_unix_s: float = 0.0
@@ -298,6 +347,9 @@ class RoundEntry:
     def working_since_unix_s(self) -> float:
         """When its devices began to train: measuring them first, which only a first round waits for long, tells nothing of other rounds."""
         return self.training_since_unix_s or self.started_unix_s
+
+    def pruning_of(self, device_id: str) -> Pruning | None:
+        return next((pruning for pruning in self.prunings if pruning.device_id == device_id), None)
 
     def trained(self) -> list[TaskEntry]:
         """Tasks whose update counts in this round, in device-id order."""

@@ -29,6 +29,8 @@ _BY_JOB = {
     "lora.init_adapter": "a fresh adapter",
     "training.steps": "none; `1` for deft's gradients",
     "training.epochs": "`1.0` without steps; none with deft",
+    "method.aggregation": '`"exact"` with method.ranks, else `"fedit"`',
+    "method.ranks": "lora.rank for all",
     "method.server_learning_rate": "`1.0` for fedavgm, `0.01` for fedadam and fedyogi",
     "method.server_beta2": "`0.999` for deft, else `0.99`",
     "evaluation.heldout": "none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from fleetune.complaints import Complaint, shown
 from fleetune.coordinator.jobsections import (
     NAME_WORDS,
+    ArmChoice,
     DataSection,
     EvaluationSection,
     JobSpec,
@@ -44,6 +46,12 @@ _LAYOUTS_OF: dict[str, tuple[str, ...]] = {
 }
 """Settings of deft that only some layouts have a use for."""
 
+_ARMS_OF: dict[str, ArmChoice] = {"pace": "fixed", "rank_min": "bandit", "exploration": "bandit"}
+"""Settings of fedspine that only one way to choose arms has a use for."""
+
+CUTS_PER_ROUND = 3
+"""Of fedspine, where a job does not say how many steps a round has."""
+
 _METHODS_OF: dict[str, tuple[str, ...]] = {
     "layout": ("deft",),
     "solver": ("deft",),
@@ -56,6 +64,18 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "rotate_rounds": ("deft",),
     "deadline_factor": ("deft",),
     "spares": ("deft",),
+    "aggregation": ("fedavg_lora",),
+    "ranks": ("fedavg_lora",),
+    "sparsity": ("fedspine",),
+    "prune_every": ("fedspine",),
+    "prune_step": ("fedspine",),
+    "recovery_rounds": ("fedspine",),
+    "arms": ("fedspine",),
+    "pace": ("fedspine",),
+    "rank_min": ("fedspine",),
+    "exploration": ("fedspine",),
+    "importance_decay": ("fedspine",),
+    "probe_rows": ("fedspine",),
     "proximal_mu": ("fedavg_lora",),
     "server_optimizer": ("fedavg_lora",),
     "server_learning_rate": ("fedavg_lora",),
@@ -64,7 +84,7 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "server_beta2": ("fedavg_lora", "deft"),
     "server_epsilon": ("deft",),
     "server_tau": ("fedavg_lora",),
-    "update_dtype": ("fedavg_lora", "deft"),
+    "update_dtype": ("fedavg_lora", "deft", "fedspine"),
     "state_mib": ("echo",),
 }
 """The methods that have a use for a setting of [method]."""
@@ -106,7 +126,8 @@ def completed(spec: JobSpec) -> JobSpec:
         )
     training, method = spec.training, _completed_method(spec)
     if not training.steps and not training.epochs:
-        training = training.model_copy(update={"steps": 1} if method.name == "deft" else {"epochs": 1.0})
+        steps = {"deft": 1, "fedspine": CUTS_PER_ROUND * method.prune_every}.get(method.name, 0)
+        training = training.model_copy(update={"steps": steps} if steps else {"epochs": 1.0})
     metric = spec.evaluation.metric or ("accuracy" if spec.task.kind == "text-classification" else "loss")
     return spec.model_copy(
         update={
@@ -123,6 +144,9 @@ def _completed_method(spec: JobSpec) -> MethodSection:
     update: dict[str, object] = {}
     if method.name == "auto":
         update |= {"name": "deft", "layout": "auto"}
+    if method.aggregation is None:
+        # With equal ranks the plain means of federated averaging, which a server optimiser can follow.
+        update["aggregation"] = "exact" if method.ranks else "fedit"
     if method.server_learning_rate is None:
         update["server_learning_rate"] = _SERVER_LEARNING_RATE.get(method.server_optimizer, 1.0)
     if method.server_beta2 is None:
@@ -334,7 +358,10 @@ def _method(draft: Draft) -> Iterator[Complaint]:
             yield Complaint(path, shown(getattr(method, setting)), f"nothing, for {name}", remedy)
     if name == "deft":
         yield from _deft(draft)
+    elif name == "fedspine":
+        yield from _fedspine(draft)
     elif name == "fedavg_lora" and draft.sound("method.server_optimizer"):
+        yield from _aggregation(draft)
         for setting, optimizers in _SERVER_SETTINGS.items():
             path = f"method.{setting}"
             if draft.sets(path) and draft.sound(path) and method.server_optimizer not in optimizers:
@@ -344,6 +371,26 @@ def _method(draft: Draft) -> Iterator[Complaint]:
                     f"nothing, for server_optimizer = {shown(method.server_optimizer)}",
                     f"Remove it, or set method.server_optimizer to {' or '.join(optimizers)}.",
                 )
+
+
+def _aggregation(draft: Draft) -> Iterator[Complaint]:
+    method, rank = draft.spec.method, draft.spec.lora.rank
+    if not draft.sound("method.aggregation", "method.ranks", "lora.rank"):
+        return
+    if large := {pattern: found for pattern, found in method.ranks.items() if found > rank}:
+        remedy = "Raise lora.rank, which is the highest, or lower these."
+        yield Complaint("method.ranks", shown(next(iter(large.values()))), f"1 to {rank}, which is lora.rank", remedy)
+    patterns = list(method.ranks)
+    if "*" in patterns[:-1]:
+        remedy = 'Put "*" last: the first pattern that fits holds.'
+        yield Complaint("method.ranks", shown(patterns[patterns.index("*") + 1]), 'patterns before "*"', remedy)
+    if method.server_optimizer == "none":
+        return
+    remedy = "Remove it, or the server optimiser: its moments mean nothing once the directions of the pairs have been turned."
+    if method.aggregation not in (None, "fedit"):
+        yield Complaint("method.aggregation", shown(method.aggregation), "fedit, with a server optimiser", remedy)
+    elif method.ranks:
+        yield Complaint("method.ranks", shown(next(iter(method.ranks))), "nothing, with a server optimiser", remedy)
 
 
 def _deft(draft: Draft) -> Iterator[Complaint]:
@@ -384,6 +431,37 @@ def _deft(draft: Draft) -> Iterator[Complaint]:
             if draft.sets(path) and draft.sound(path):
                 remedy = 'Remove it: without adapters nothing has a use for it; or set method.trains = "lora".'
                 yield Complaint(path, shown(getattr(spec.lora, setting)), 'nothing, for trains = "full"', remedy)
+
+
+def _fedspine(draft: Draft) -> Iterator[Complaint]:
+    spec, method, training = draft.spec, draft.spec.method, draft.spec.training
+    for setting, choice in _ARMS_OF.items():
+        path = f"method.{setting}"
+        if draft.sets(path) and draft.sound(path, "method.arms") and method.arms != choice:
+            remedy = f'Remove it, or set method.arms = "{choice}".'
+            yield Complaint(path, shown(getattr(method, setting)), f"nothing, for arms = {shown(method.arms)}", remedy)
+    if draft.sound("lora.targets") and not spec.lora.targets:
+        remedy = (
+            "Name every linear layer of a block, since a head or neuron is judged by the gradients of the pairs beside it; for BERT "
+            '["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"], for LLaMA and Qwen '
+            '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], for T5 ["q", "k", "v", "o", "wi", "wo"].'
+        )
+        yield Complaint("lora.targets", "", "all linear layers of the model's blocks", remedy)
+    if draft.sound("training.epochs") and training.epochs:
+        yield Complaint(
+            "training.epochs", shown(training.epochs), "0, for fedspine", "Set training.steps: cuts are counted in local steps."
+        )
+    if draft.sound("training.steps", "method.prune_every") and 0 < training.steps < method.prune_every:
+        remedy = "Raise it, or lower method.prune_every: a round without a cut would never reach the sparsity."
+        yield Complaint("training.steps", shown(training.steps), f"at least {method.prune_every}, which is method.prune_every", remedy)
+    if draft.sound("method.rank_min", "lora.rank") and method.arms == "bandit" and method.rank_min > spec.lora.rank:
+        remedy = "Lower it, or raise lora.rank, which is the highest."
+        yield Complaint("method.rank_min", shown(method.rank_min), f"1 to {spec.lora.rank}, which is lora.rank", remedy)
+    paths = ("rounds.count", "method.sparsity", "method.prune_step", "method.recovery_rounds")
+    needed = math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds
+    if draft.sound(*paths) and spec.rounds.count < needed:
+        remedy = "Raise it, or method.prune_step, or lower method.sparsity or method.recovery_rounds."
+        yield Complaint("rounds.count", shown(spec.rounds.count), f"at least {needed}, to reach the sparsity before the recovery", remedy)
 
 
 def _evaluation(draft: Draft) -> Iterator[Complaint]:

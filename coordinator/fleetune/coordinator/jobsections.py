@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ModelTaskName = Literal["text-classification", "causal-lm", "seq2seq-lm"]
-MethodName = Literal["fedavg_lora", "deft", "auto", "echo"]
+MethodName = Literal["fedavg_lora", "deft", "auto", "fedspine", "echo"]
 LayoutName = Literal["blocks", "depth", "data-parallel", "single", "auto"]
 PlanSolver = Literal["exact", "crunch-equal", "dual", "random-equal", "greedy-equal"]
 Payload = Literal["gradients", "deltas"]
 Trains = Literal["lora", "full"]
 SharedResource = Literal["ingress", "airtime"]
 Sharing = Literal["weights", "hard"]
+AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora"]
+ArmChoice = Literal["bandit", "fixed"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
 EvaluationSource = Literal["devices", "heldout", "none"]
 MetricName = Literal["accuracy", "macro_f1", "loss"]
@@ -42,6 +44,13 @@ Column = Annotated[str, Field(max_length=COLUMN_CHARACTERS_MAX)]
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 # TOML arrays arrive as lists; only the outer type is lax, the items stay strict.
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+RANK_MAX = 1024
+# A table of the file; the order is kept.
+Ranks = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=128)], Annotated[int, Field(ge=1, le=RANK_MAX)]], Field(max_length=256)
+]
 
 
 class Section(BaseModel):
@@ -78,7 +87,12 @@ class TaskSection(Section):
 
 
 class LoraSection(Section):
-    rank: int = Field(default=8, ge=1, le=1024, description="Rank of the two small matrices beside each target.")
+    rank: int = Field(
+        default=8,
+        ge=1,
+        le=RANK_MAX,
+        description="Rank of the two small matrices beside each target; the highest that any device trains, see method.ranks.",
+    )
     alpha: float = Field(default=16.0, gt=0, le=100_000, description="Scale: the adapter's product is multiplied by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Chance that an input element of the adapter is dropped while training.")
     targets: Texts = Field(
@@ -167,7 +181,8 @@ class MethodSection(Section):
     name: MethodName = Field(
         default="fedavg_lora",
         description="Who trains what and how updates are folded. deft plans each round from what devices and links have shown; auto is "
-        "deft with layout auto. echo is a link test that needs no model, task, lora, data or training.",
+        "deft with layout auto. fedspine prunes the model while it is tuned. echo is a link test that needs no model, task, lora, data or "
+        "training.",
     )
     layout: LayoutName = Field(
         default="blocks",
@@ -227,6 +242,63 @@ class MethodSection(Section):
     )
     spares: bool = Field(
         default=True, description="deft: whether an idle device takes over from one that has failed, where it can still be in time."
+    )
+    aggregation: AggregationName | None = Field(
+        default=None,
+        description="fedavg_lora: how the pairs of many devices become one. exact is the mean of their products, cut to lora.rank by an "
+        "SVD; fedit the mean of each matrix by itself; zero-pad that of HetLoRA, weighted by norms; flexlora the exact mean with "
+        "orthonormal A; ffa trains B alone; rolora B and A in turn.",
+    )
+    ranks: Annotated[Ranks, Words("a table of device name patterns and ranks")] = Field(
+        default={},
+        description='fedavg_lora: ranks below lora.rank for devices by name, for example { "pi4-*" = 4, "*" = 8 }. The first pattern '
+        "that fits holds; * stands for any characters, ? for one.",
+    )
+    sparsity: float = Field(
+        default=0.5,
+        gt=0,
+        le=0.9,
+        description="fedspine: the share of attention heads and feed-forward neurons that is cut in the end.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    prune_every: int = Field(
+        default=20, ge=1, le=10_000, description="fedspine: local steps after each cut.", json_schema_extra={"unit": "steps"}
+    )
+    prune_step: float = Field(
+        default=0.1, gt=0, le=0.9, description="fedspine: what one round may cut at the most.", json_schema_extra={"unit": "fraction"}
+    )
+    recovery_rounds: int = Field(
+        default=2,
+        ge=0,
+        le=1000,
+        description="fedspine: the job's last rounds, before which the sparsity is to be reached.",
+        json_schema_extra={"unit": "rounds"},
+    )
+    arms: ArmChoice = Field(
+        default="bandit",
+        description="fedspine: who chooses each device's pace and rank. bandit learns them from how the loss falls and how long the device "
+        "takes beside the others; fixed takes pace and lora.rank for all.",
+    )
+    pace: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="fedspine with fixed arms: the share of what a round may cut that it does cut.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    rank_min: int = Field(default=2, ge=1, le=RANK_MAX, description="fedspine with a bandit: the lowest rank; lora.rank is the highest.")
+    exploration: float = Field(
+        default=0.1, ge=0, le=10, description="fedspine: how much the bandit tries what it knows little of; rewards lie between 0 and 1."
+    )
+    importance_decay: float = Field(
+        default=0.9, ge=0, lt=1, description="fedspine: decay of the moving average of importance over local steps."
+    )
+    probe_rows: int = Field(
+        default=64,
+        ge=1,
+        le=65_536,
+        description="fedspine: rows of its own on which a device measures its loss before and after a round.",
+        json_schema_extra={"unit": "rows"},
     )
     proximal_mu: float = Field(
         default=0.0, ge=0, le=1000, description="FedProx: strength of the pull back to the round's global state; 0 is plain FedAvg."

@@ -92,7 +92,8 @@ def section_models() -> dict[str, type[BaseModel]]:
 
 def allowed_words(field: FieldInfo) -> str:
     """What a field takes, in words: used by complaints and by the reference page, so that both say the same."""
-    return _allowed(field.annotation, _bounds(field.metadata))
+    words = next((marker.words for marker in field.metadata if isinstance(marker, Words)), "")
+    return words or _allowed(field.annotation, _bounds(field.metadata))
 
 
 def _draft(document: Mapping[str, object], complaints: list[Complaint]) -> JobSpec:

@@ -201,6 +201,11 @@ def _facts(job: pb.JobView, now_unix_s: float) -> RenderableType:
         own = job.metric or "loss"
         grid.add_row("best round", f"{best.round} ({own.replace('_', ' ')} {metric_text(own, metric_of(best.metrics, own))})")
     grid.add_row("bytes", f"up {bytes_text(job.upload_bytes)}, down {bytes_text(job.download_bytes)}")
+    errors = [(item.round, value) for item in job.history if (value := metric_of(item.fold_metrics, "aggregation_error")) is not None]
+    if errors:
+        worst, value = max(errors, key=lambda error: error[1])
+        text = f"{errors[-1][1]:.1%} of the exact mean in the last round; at most {value:.1%}, in round {worst}"
+        grid.add_row("aggregation error", text)
     if job.adapter_folder:
         grid.add_row("adapter", f"{job.adapter_folder}  (on the coordinator; `fleetune export {job.job_id} DIR` copies it)")
     return grid

@@ -114,6 +114,8 @@ def one_a_device(view: pb.RoundView) -> list[pb.DeviceTask]:
             merged.samples = trained.samples
             if trained.HasField("plan"):
                 merged.plan.CopyFrom(trained.plan)
+            if trained.HasField("pruning"):
+                merged.pruning.CopyFrom(trained.pruning)
             if trained.HasField("loss"):
                 merged.loss = trained.loss
             latest[task.device_name] = merged
@@ -254,6 +256,8 @@ def _task_share(task: pb.DeviceTask) -> float:
 def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> RenderableType:
     bar_width = 20 if width >= WIDE else 10
     name_width = max(8, min(32 if width >= WIDE else 17, max(len(task.device_name) for task in tasks)))
+    prunes = any(task.HasField("pruning") for task in tasks)
+    columns = [Column("cut", justify="right", no_wrap=True, min_width=9), Column("rank", justify="right", no_wrap=True)] if prunes else []
     table = Table(
         Column("device", width=name_width if width >= 80 else 8, no_wrap=True, overflow="ellipsis"),
         Column("doing", width=14, no_wrap=True, overflow="ellipsis"),
@@ -261,6 +265,7 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
         Column("", no_wrap=True, width=14),
         Column("loss", justify="right", no_wrap=True, min_width=6),
         Column("rows", justify="right", no_wrap=True, min_width=5),
+        *columns,
         box=None,
         header_style="dim",
         pad_edge=False,
@@ -277,11 +282,23 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
             Text(_amount(task), style="dim"),
             loss,
             f"{task.samples:,}" if task.samples else "-",
+            *([cut_text(task), f"{task.pruning.rank}" if task.HasField("pruning") else "-"] if prunes else []),
         )
     if len(shown) == len(tasks):
         return table
     hidden = [task for task in tasks if not any(task is other for other in shown)]
     return Group(table, Text(f"and {len(hidden)} more: {_tally(hidden)}", style="dim"))
+
+
+def cut_text(task: pb.DeviceTask) -> str:
+    """The share of heads and neurons that is cut, and in a round in which more is: "20 > 25 %"."""
+    if not task.HasField("pruning"):
+        return "-"
+    own = task.pruning
+    after = own.sparsity_after if own.HasField("sparsity_after") else own.sparsity_told
+    if round(after * 100) == round(own.sparsity_before * 100):
+        return f"{after:.0%}"
+    return f"{own.sparsity_before * 100:.0f} > {after:.0%}"
 
 
 def _planned_devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int, job: pb.JobView) -> RenderableType:
@@ -570,13 +587,23 @@ class Announcer:
             parts.append(f"train loss {loss_text(item.train_loss)}")
         if item.metrics:
             parts.append(_measures(job, item.metrics))
+        if error := aggregation_text(item):
+            parts.append(error)
         parts += [f"up {bytes_text(item.upload_bytes)}", f"down {bytes_text(item.download_bytes)}"]
         parts.append(duration_text(item.ended_unix_s - item.started_unix_s))
+        if cut := [task.pruning.sparsity_after for task in item.tasks if task.pruning.HasField("sparsity_after")]:
+            parts.append(f"cut {min(cut):.0%}" if round(min(cut), 2) == round(max(cut), 2) else f"cut {min(cut):.0%} to {max(cut):.0%}")
         if item.plan.HasField("actual_s"):
             parts.append(f"training {duration_text(item.plan.actual_s)} of {duration_text(item.plan.predicted_s)} predicted")
         if job.HasField("remaining_s") and item.round == job.rounds_committed and job.state not in _ENDED:
             parts.append(f"about {duration_text(job.remaining_s)} left")
         return [*said, f"round {item.round}/{job.rounds_total} committed: " + ", ".join(parts)]
+
+
+def aggregation_text(item: pb.RoundView) -> str:
+    """How far the folded LoRA pairs are from the exact mean of their products; empty where that was not told."""
+    error = metric_of(item.fold_metrics, "aggregation_error")
+    return f"aggregation error {error:.1%}" if error is not None else ""
 
 
 def _measures(job: pb.JobView, metrics: Sequence[messages_pb2.Metric]) -> str:

@@ -84,17 +84,22 @@ def load_state(adapted: AdaptedModel, path: Path, trainables_digest: str = "") -
 
     Raises ModelError when a tensor is missing, unexpected, or of another shape or type; nothing is changed then.
     """
+    tensors = read_state(path, {trainable.name: trainable.parameter for trainable in adapted.trainables}, trainables_digest)
+    with torch.no_grad():
+        for trainable in adapted.trainables:
+            trainable.parameter.copy_(tensors[trainable.name])
+
+
+def read_state(path: Path, expected: Mapping[str, torch.Tensor], trainables_digest: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a state file, on the CPU. ModelError unless they are those that are `expected`, by name, shape and type."""
     table = codec.read_table(path)
-    _check_names(table, adapted)
+    _check_names(table, expected)
     if trainables_digest and codec.trainables_digest(table) != trainables_digest:
         raise ModelError(
             f"The state has the trainables digest {codec.trainables_digest(table)[:12]}, the task expects {trainables_digest[:12]}.",
             "The coordinator sent a state of another job; report this.",
         )
-    tensors = read_tensors(path, table)
-    with torch.no_grad():
-        for trainable in adapted.trainables:
-            trainable.parameter.copy_(tensors[trainable.name])
+    return read_tensors(path, table)
 
 
 def read_tensors(path: Path, table: codec.TensorTable) -> dict[str, torch.Tensor]:
@@ -116,9 +121,8 @@ def read_tensors(path: Path, table: codec.TensorTable) -> dict[str, torch.Tensor
     return found
 
 
-def _check_names(table: codec.TensorTable, adapted: AdaptedModel) -> None:
+def _check_names(table: codec.TensorTable, expected: Mapping[str, torch.Tensor]) -> None:
     complaints: list[str] = []
-    expected = {trainable.name: trainable.parameter for trainable in adapted.trainables}
     missing = sorted(expected.keys() - table.by_name.keys())
     unexpected = sorted(table.by_name.keys() - expected.keys())
     if missing:
@@ -210,4 +214,5 @@ def _check_shapes_only(table: codec.TensorTable, adapted: AdaptedModel) -> None:
         )
         for spec in table.specs
     )
-    _check_names(codec.TensorTable(widened, table.metadata, table.data_start, table.file_size), adapted)
+    expected = {trainable.name: trainable.parameter for trainable in adapted.trainables}
+    _check_names(codec.TensorTable(widened, table.metadata, table.data_start, table.file_size), expected)

@@ -289,6 +289,7 @@ class DeviceTask(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     ONLINE_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    PRUNING_FIELD_NUMBER: _builtins.int
     device_name: _builtins.str
     kind: _messages_pb2.TaskKind.ValueType
     state: Global___DeviceTaskState.ValueType
@@ -304,6 +305,10 @@ class DeviceTask(_message.Message):
     def plan(self) -> Global___TaskPlan:
         """What the round's plan says of it and what came of it; absent without a plan."""
 
+    @_builtins.property
+    def pruning(self) -> Global___TaskPruning:
+        """What it prunes in this round; absent where nothing is pruned."""
+
     def __init__(
         self,
         *,
@@ -318,16 +323,54 @@ class DeviceTask(_message.Message):
         failure: _messages_pb2.Failure | None = ...,
         online: _builtins.bool = ...,
         plan: Global___TaskPlan | None = ...,
+        pruning: Global___TaskPruning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "failure", b"failure", "loss", b"loss", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "failure", b"failure", "loss", b"loss", "plan", b"plan", "pruning", b"pruning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device_name", b"device_name", "done", b"done", "failure", b"failure", "kind", b"kind", "loss", b"loss", "online", b"online", "plan", b"plan", "samples", b"samples", "stage", b"stage", "state", b"state", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device_name", b"device_name", "done", b"done", "failure", b"failure", "kind", b"kind", "loss", b"loss", "online", b"online", "plan", b"plan", "pruning", b"pruning", "samples", b"samples", "stage", b"stage", "state", b"state", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___DeviceTask: _TypeAlias = DeviceTask  # noqa: Y015
+
+@_typing.final
+class TaskPruning(_message.Message):
+    """How much of the model one device cuts in a round, and of which rank its LoRA is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPARSITY_BEFORE_FIELD_NUMBER: _builtins.int
+    SPARSITY_TOLD_FIELD_NUMBER: _builtins.int
+    SPARSITY_AFTER_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    PACE_FIELD_NUMBER: _builtins.int
+    sparsity_before: _builtins.float
+    """Shares of heads and neurons that are cut, 0 to 1: when the round began, as told for its end, and as the device's update has it."""
+    sparsity_told: _builtins.float
+    sparsity_after: _builtins.float
+    rank: _builtins.int
+    pace: _builtins.float
+    """Of what the round may cut, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        sparsity_before: _builtins.float = ...,
+        sparsity_told: _builtins.float = ...,
+        sparsity_after: _builtins.float | None = ...,
+        rank: _builtins.int = ...,
+        pace: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after", "sparsity_after", b"sparsity_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after", "pace", b"pace", "rank", b"rank", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "sparsity_told", b"sparsity_told"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sparsity_after: _TypeAlias = _typing.Literal["sparsity_after"]  # noqa: Y015
+    _WhichOneofArgType__sparsity_after: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sparsity_after) -> _WhichOneofReturnType__sparsity_after | None: ...
+
+Global___TaskPruning: _TypeAlias = TaskPruning  # noqa: Y015
 
 @_typing.final
 class TaskPlan(_message.Message):
@@ -509,6 +552,7 @@ class RoundView(_message.Message):
     UPDATES_LATE_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    FOLD_METRICS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     phase: Global___RoundPhase.ValueType
     started_unix_s: _builtins.float
@@ -531,6 +575,10 @@ class RoundView(_message.Message):
     def plan(self) -> Global___PlanView:
         """Absent before the round is planned, and in jobs that do not plan."""
 
+    @_builtins.property
+    def fold_metrics(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.Metric]:
+        """What the fold told of itself, for example "aggregation_error": by the norm of the exact mean."""
+
     def __init__(
         self,
         *,
@@ -548,10 +596,11 @@ class RoundView(_message.Message):
         updates_late: _builtins.int = ...,
         adapter_digest: _builtins.str = ...,
         plan: Global___PlanView | None = ...,
+        fold_metrics: _abc.Iterable[_messages_pb2.Metric] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "plan", b"plan", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_digest", b"adapter_digest", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "evaluation_rows", b"evaluation_rows", "metrics", b"metrics", "phase", b"phase", "plan", b"plan", "round", b"round", "started_unix_s", b"started_unix_s", "tasks", b"tasks", "train_loss", b"train_loss", "updates_folded", b"updates_folded", "updates_late", b"updates_late", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_digest", b"adapter_digest", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "evaluation_rows", b"evaluation_rows", "fold_metrics", b"fold_metrics", "metrics", b"metrics", "phase", b"phase", "plan", b"plan", "round", b"round", "started_unix_s", b"started_unix_s", "tasks", b"tasks", "train_loss", b"train_loss", "updates_folded", b"updates_folded", "updates_late", b"updates_late", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
     _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015

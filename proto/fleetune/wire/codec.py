@@ -8,9 +8,10 @@ the tensors' bytes without gaps.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn, cast
@@ -51,6 +52,11 @@ class TensorSpec:
     @property
     def elements(self) -> int:
         return self.size_bytes // ITEM_BYTES[self.dtype]
+
+
+def reshaped(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    """The same tensor in another shape; for comparison alone, since its end is not a place in the file."""
+    return replace(spec, shape=shape, end=spec.begin + math.prod(shape) * ITEM_BYTES[spec.dtype])
 
 
 @dataclass(frozen=True)

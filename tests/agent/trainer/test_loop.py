@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,3 +159,44 @@ def test_gradients_longer_than_the_bound_are_cut(bert: Path, rows_file: Path) ->
     free, _ = _trained(bert, rows_file, PLAN)
     cut, _ = _trained(bert, rows_file, replace(PLAN, max_grad_norm=1e-9))
     assert not torch.allclose(free, cut, atol=1e-4)
+
+
+class _Listening:
+    """A watcher that says what it was told to say before each step."""
+
+    def __init__(self, words: Sequence[loop.Word]) -> None:
+        self.words = words
+        self.asked: list[int] = []
+        self.norms: list[float] = []
+        self.parameters: list[torch.nn.Parameter] = []
+
+    def before(self, step: int, optimiser: torch.optim.Optimizer) -> loop.Word:
+        self.asked.append(step)
+        self.parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        return self.words[step]
+
+    def observe(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+
+
+def test_a_watcher_changes_nothing_by_looking_on(bert: Path, rows_file: Path) -> None:
+    alone, _ = _trained(bert, rows_file, PLAN)
+    watcher = _Listening(["go", "changed", "go"])
+    watched, outcome = _trained(bert, rows_file, PLAN, watcher=watcher)
+    assert torch.equal(alone, watched)
+    assert (outcome.steps, watcher.asked, len(watcher.norms)) == (3, [0, 1, 2], 3)
+
+
+def test_a_watcher_sees_gradients_before_they_are_clipped(bert: Path, rows_file: Path) -> None:
+    plain, clipped = _Listening(["go", "go", "go"]), _Listening(["go", "go", "go"])
+    _trained(bert, rows_file, PLAN, watcher=plain)
+    _trained(bert, rows_file, replace(PLAN, max_grad_norm=1e-9), watcher=clipped)
+    assert clipped.norms[0] == pytest.approx(plain.norms[0], rel=1e-6)
+
+
+def test_a_watcher_ends_the_round_after_the_first_step(bert: Path, rows_file: Path) -> None:
+    watcher = _Listening(["stop", "stop", "go"])
+    _, outcome = _trained(bert, rows_file, PLAN, watcher=watcher)
+    assert (outcome.steps, outcome.samples, watcher.asked) == (1, 8, [0, 1])
+    assert outcome.mean_loss == outcome.last_loss > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_the_shipped_data_make_a_valid_job(base: Path, tmp_path: Path) -> None:
     assert len(spec.task.labels) == len(made.labels) >= 10
     assert Path(spec.evaluation.heldout).is_file()
     assert made.test_rows == len(rows_of(Path(spec.evaluation.heldout)))
+
+
+def test_deft_sends_gradients_unless_steps_are_asked_for(base: Path, tmp_path: Path) -> None:
+    settings = DemoSettings(base=base, method="deft", rounds=100, agents=4)
+    spec = jobspec.parse(prepare(settings, tmp_path / "gradients").job_toml)
+    assert (spec.method.payload, spec.training.steps, spec.evaluation.every) == ("gradients", 1, 10)
+    spec = jobspec.parse(prepare(replace(settings, steps=6), tmp_path / "deltas").job_toml)
+    assert (spec.method.payload, spec.training.steps, spec.evaluation.every) == ("deltas", 6, 1)
+    spec = jobspec.parse(prepare(replace(settings, method="fedavg_lora"), tmp_path / "fedavg").job_toml)
+    assert (spec.training.steps, spec.evaluation.every) == (material.STEPS, 1)
 
 
 def test_an_agent_config_names_its_rows_and_the_local_base(base: Path, tmp_path: Path) -> None:

@@ -40,13 +40,114 @@ def test_who_has_told_is_not_asked_again() -> None:
     assert len(desk.asked) == 2
 
 
-def test_a_newcomer_alone_is_measured() -> None:
-    desk = PlanDesk()
+def measured_beside(desk: PlanDesk) -> list[str]:
+    return [task.device_name for task in desk.machine.newcomers.values()]
+
+
+def second_round(*names: str) -> PlanDesk:
+    """A job whose first round a, b and c have trained, and which opens its second with these devices."""
+    desk = PlanDesk(FREE, rounds=4)
     desk.training("a", "b", "c")
     for name in "abc":
         desk.update(name)
     desk.fold()
-    assert [(task.device_id, task.kind) for task in desk.open("a", "b", "c", "d")] == [("id-d", "measure")]
+    desk.open(*names)
+    return desk
+
+
+def test_a_newcomer_is_measured_beside_the_round_and_is_in_the_next_plan() -> None:
+    desk = second_round("a", "b", "c", "d")
+    assert set(desk.parts()) == {"a", "b", "c"}
+    assert measured_beside(desk) == ["d"]
+    assert "id-d" in desk.machine.busy_devices()
+    for name in "abc":
+        desk.update(name)
+    desk.fold()
+    task = next(iter(desk.machine.newcomers))
+    # Still at it when the next round opens: it is neither asked again nor waited for.
+    assert {task.kind for task in desk.open("a", "b", "c", "d")} == {"train"}
+    for name in "abc":
+        desk.update(name)
+    assert desk.do(m.FiguresArrived(task, figures(0.1))) == []
+    desk.fold()
+    assert measured_beside(desk) == []
+    desk.open("a", "b", "c", "d")
+    assert "d" in desk.parts()
+
+
+def test_a_device_that_joins_while_others_train_is_measured_at_once() -> None:
+    desk = second_round("a", "b", "c")
+    sent = only(desk.do(m.Offered(candidates("d"))), m.SendTask)
+    assert [(task.device_id, task.kind, task.round_number) for task in sent] == [("id-d", "measure", 2)]
+    assert desk.do(m.Offered(candidates("d"))) == []
+    assert desk.do(m.TaskRefused(sent[0].task_id, "on battery")) == []
+    # Once in a round is enough.
+    assert desk.do(m.Offered(candidates("d"))) == []
+    assert desk.phase() == "training"
+
+
+def test_a_newcomer_that_cannot_be_measured_costs_the_others_nothing() -> None:
+    desk = second_round("a", "b", "c", "d", "e", "f")
+    d, e, f = desk.machine.newcomers
+    assert desk.do(m.TaskFailed(d, Failure("data", "measure", "x"))) == []
+    assert "id-d" in desk.machine.excluded
+    desk.do(m.DeviceOffline("id-e"))
+    desk.do(m.DeviceOffline("id-f"))
+    lost = only(desk.do(m.DeviceOnline("id-f", frozenset())), m.SendTask)
+    assert [(task.task_id, task.kind) for task in lost] == [(f, "measure")]
+    desk.now += desk.machine.plan.absent_grace_s + 1
+    assert only(desk.do(m.Ticked()), m.WithdrawTask)[0].task_id == e
+    desk.now += m.MEASURING_S
+    assert only(desk.do(m.Ticked()), m.WithdrawTask)[0].task_id == f
+    assert measured_beside(desk) == []
+    assert desk.phase() == "training"
+
+
+def test_a_newcomer_survives_a_restart_and_goes_with_its_job() -> None:
+    desk = second_round("a", "b", "c", "d")
+    desk.machine = records.load_machine(records.dump_machine(desk.machine))
+    desk.do(m.Restarted())
+    assert next(iter(desk.machine.newcomers.values())).offline_since_unix_s == desk.now
+    ended = desk.do(m.CancelRequested("x"))
+    assert "id-d" in {command.device_id for command in only(ended, m.WithdrawTask)}
+    assert desk.machine.newcomers == {}
+
+
+def test_where_no_plan_is_found_a_newcomer_is_waited_for_and_tried() -> None:
+    desk = PlanDesk(FREE, minimum=1)
+    desk.open("a")
+    desk.tell("a", figures(held=0))
+    assert desk.machine.status == "waiting"
+    desk.open("a", "b")
+    task = next(iter(desk.machine.newcomers))
+    assert desk.open("a") == []
+    desk.do(m.FiguresArrived(task, figures()))
+    desk.open("a", "b")
+    assert set(desk.parts()) == {"b"}
+
+
+def test_a_newcomer_that_tells_before_the_others_turn_out_to_hold_nothing_is_not_overlooked() -> None:
+    desk = PlanDesk(FREE, minimum=1)
+    desk.open("a")
+    desk.tell("a", figures(held=0))
+    desk.hold = True
+    desk.open("a", "b")
+    desk.do(m.FiguresArrived(next(iter(desk.machine.newcomers)), figures()))
+    desk.hold = False
+    desk.answer(desk.asked[-1])
+    assert desk.machine.status == "waiting"
+    desk.open("a", "b")
+    assert set(desk.parts()) == {"b"}
+
+
+def test_with_too_few_that_are_known_newcomers_are_waited_for() -> None:
+    desk = PlanDesk(minimum=2)
+    desk.training("a", "b", "c")
+    for name in "abc":
+        desk.update(name)
+    desk.fold()
+    assert [(task.device_id, task.kind) for task in desk.open("a", "d")] == [("id-d", "measure")]
+    assert desk.phase() == "measuring"
 
 
 def test_only_those_in_the_plan_train_and_the_others_are_free() -> None:
@@ -106,7 +207,8 @@ def test_where_no_block_fits_the_job_waits_and_says_why() -> None:
     desk.open("a")
     assert len(desk.asked) == 2, "tried again after a while"
     desk.open("a", "b")
-    desk.tell("b")
+    desk.do(m.FiguresArrived(next(iter(desk.machine.newcomers)), figures()))
+    desk.open("a", "b")
     assert desk.phase() == "training", "or at once with another device"
 
 

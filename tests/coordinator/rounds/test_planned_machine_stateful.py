@@ -86,9 +86,8 @@ class PlannedJobs(RuleBasedStateMachine):
 
     def _open(self, name: str, kind: str) -> str | None:
         entry = self.desk.machine.round
-        if entry is None:
-            return None
-        return next((t.task_id for t in entry.tasks.values() if t.device_name == name and t.kind == kind), None)
+        tasks = [*self.desk.machine.newcomers.values(), *(entry.tasks.values() if entry is not None else ())]
+        return next((t.task_id for t in tasks if t.device_name == name and t.kind == kind), None)
 
     @rule(steps=st.integers(1, 6))
     def goes_well(self, steps: int) -> None:

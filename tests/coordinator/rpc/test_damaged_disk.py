@@ -222,7 +222,7 @@ async def test_a_new_state_that_the_model_host_cannot_read_is_folded_again(tmp_p
     async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
         asked: list[str] = []
 
-        async def evaluate(base_folder: str, recipe: object, state: Path, rows: Path) -> Evaluation:
+        async def evaluate(base_folder: str, recipe: object, state: Path, rows: Path, structure: str) -> Evaluation:
             asked.append(state.name)
             if len(asked) == 1:
                 spoil(state, "flip")

@@ -66,7 +66,7 @@ async def test_the_next_one_begins_when_one_has_ended() -> None:
 
 
 async def test_slow_ones_hold_nobody_up() -> None:
-    crowd = Crowd(Turns(2, 10, quick_s=0.3))
+    crowd = Crowd(Turns(2, 10, quick_s=1.0))  # long enough for a look at who is under way
     await crowd.begin("slow-1", "slow-2", "quick")
     assert crowd.under_way == ["slow-1", "slow-2"]
     await crowd.until("slow-1", "slow-2", "quick")

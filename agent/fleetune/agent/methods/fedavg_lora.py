@@ -13,6 +13,7 @@ another state's gradients would be wrong and would have to travel.
 | eta | `learning_rate`, times the schedule |
 | E | `epochs`, or `steps` |
 | mu | `proximal_mu` |
+| r_i, s_i | `rank`, `scale`: this device's own, of the state's first directions |
 
 Siblings: proto/fleetune/methods/v1/fedavg_lora.proto, coordinator/fleetune/coordinator/methods/fedavg_lora.py.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +35,13 @@ from fleetune.agent.trainer import loop
 from fleetune.child.entry import Emit
 from fleetune.errors import UnsupportedError
 from fleetune.methods.v1 import fedavg_lora_pb2
-from fleetune.model import adapter
+from fleetune.model import adapter, ranks
 from fleetune.model.lora import AdaptedModel
 from fleetune.v1 import messages_pb2
 
 DEFAULT_BATCH_ROWS = 16
+SCALE_KEY = "fleetune.lora_scale"
+"""In the update's metadata: what the product of the pairs was multiplied by. The coordinator infers it from nothing else."""
 
 
 def train(work: Work, emit: Emit) -> Trained:
@@ -45,13 +49,13 @@ def train(work: Work, emit: Emit) -> Trained:
     task = _payload(work)
     started = time.monotonic()
     session, examples, out_path = inputs.loaded(work, emit)
-    adapted = session.adapted
-    anchors = [parameter.detach().clone() for parameter in adapted.parameters]
-    loaded = time.monotonic()
-    plan = _plan(task, work, len(examples))
-    outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs())
-    trained = time.monotonic()
-    written, norm = write_delta(out_path, adapted, anchors, task.update_dtype)
+    with ranks.narrowed(session.adapted, int(task.rank), task.scale, _side(task)) as adapted:
+        anchors = [parameter.detach().clone() for parameter in adapted.parameters]
+        loaded = time.monotonic()
+        plan = _plan(task, work, len(examples))
+        outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs())
+        trained = time.monotonic()
+        written, norm = write_delta(out_path, adapted, anchors, task.update_dtype, {SCALE_KEY: repr(task.scale)} if task.scale else None)
     report = messages_pb2.UpdateReport(samples=outcome.samples, peak_rss_bytes=peak_rss_bytes())
     report.metrics.add(name="loss", value=outcome.mean_loss)
     for name, seconds in (("load", loaded - started), ("train", trained - loaded), ("write", time.monotonic() - trained)):
@@ -84,6 +88,19 @@ def _payload(work: Work) -> fedavg_lora_pb2.FedavgLoraTask:
     return task
 
 
+def _side(task: fedavg_lora_pb2.FedavgLoraTask) -> ranks.Side:
+    match task.trains:
+        case "" | "both":
+            return "both"
+        case "left" | "right":
+            return task.trains
+        case _:
+            raise UnsupportedError(
+                f"The task asks to train {task.trains!r} of each LoRA pair; left, right and both are known here.",
+                "Update Fleetune on this machine.",
+            )
+
+
 def _plan(task: fedavg_lora_pb2.FedavgLoraTask, work: Work, rows: int) -> loop.Plan:
     batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
     # A step never sees a row twice, so a device with few rows takes smaller steps.
@@ -112,8 +129,10 @@ def _plan(task: fedavg_lora_pb2.FedavgLoraTask, work: Work, rows: int) -> loop.P
     )
 
 
-def write_delta(path: Path, adapted: AdaptedModel, anchors: list[torch.Tensor], update_dtype: str) -> tuple[adapter.WrittenFile, float]:
+def write_delta(
+    path: Path, adapted: AdaptedModel, anchors: list[torch.Tensor], update_dtype: str, metadata: Mapping[str, str] | None = None
+) -> tuple[adapter.WrittenFile, float]:
     """The update file of how the model has moved from `anchors`, and the Euclidean norm of that before it is narrowed."""
     pairs = zip(adapted.trainables, anchors, strict=True)
     deltas = ((trainable.name, trainable.parameter.detach() - anchor) for trainable, anchor in pairs)
-    return updates.write(path, deltas, "delta", update_dtype)
+    return updates.write(path, deltas, "delta", update_dtype, metadata)

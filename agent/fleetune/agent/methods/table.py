@@ -18,6 +18,7 @@ METHODS: Mapping[str, str] = {
     "deft": "fleetune.agent.methods.deft",
     "echo": "fleetune.agent.methods.echo",
     "fedavg_lora": "fleetune.agent.methods.fedavg_lora",
+    "fedspine": "fleetune.agent.methods.fedspine",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ def check_dtype(update_dtype: str) -> None:
         )
 
 
-def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], kind: str, update_dtype: str) -> tuple[adapter.WrittenFile, float]:
-    """The update file (metadata fleetune.update=`kind`) and the Euclidean norm of the tensors before they are narrowed.
+def write(
+    path: Path, tensors: Iterable[tuple[str, torch.Tensor]], kind: str, update_dtype: str, metadata: Mapping[str, str] | None = None
+) -> tuple[adapter.WrittenFile, float]:
+    """The update file (metadata fleetune.update=`kind`, and `metadata`) and the Euclidean norm of the tensors before they are narrowed.
 
     Raises NotFiniteError when a value is NaN or Inf, also when only the narrow type cannot hold it.
     """
@@ -41,4 +43,4 @@ def write(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], kind: str, up
         squares += float(tensor.double().square().sum()) if tensor.device.type != "mps" else float(tensor.square().sum())
         kept[name] = narrowed
     # No sync: until the coordinator's receipt the task can be done again.
-    return adapter.write_tensors(path, kept, {"fleetune.update": kind}, durable=False), math.sqrt(squares)
+    return adapter.write_tensors(path, kept, {"fleetune.update": kind, **(metadata or {})}, durable=False), math.sqrt(squares)

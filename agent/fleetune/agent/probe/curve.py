@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from fleetune.errors import DataError
 
+POINTS = 4
+"""Depths that are measured of a model that has more."""
+
 
 def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
     """The non-decreasing sequence with the least weighted squared distance from `values` (pool adjacent violators).
@@ -67,7 +70,7 @@ def affine(points: Mapping[int, float]) -> tuple[float, float, float]:
     return intercept, slope, 1.0 if spread_y == 0 else 1.0 - rest / spread_y
 
 
-def chosen_depths(depths: int, wanted: int = 4) -> list[int]:
+def chosen_depths(depths: int, wanted: int = POINTS) -> list[int]:
     """Depths to measure: both ends, the one above the head, and evenly between."""
     if depths <= wanted:
         return list(range(1, depths + 1))

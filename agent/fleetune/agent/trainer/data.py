@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fleetune import structures
 from fleetune.agent.trainer.pace import Pace
 from fleetune.child.entry import Emit
-from fleetune.errors import ModelError
+from fleetune.errors import ModelError, WireError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import batches, lora, peaks, recipe, rows
+from fleetune.model import batches, lora, peaks, recipe, rows, slim
 from fleetune.model.batches import Examples
+from fleetune.model.slim import Slim
 from fleetune.v1 import messages_pb2
 
 EXAMPLE_SETS_KEPT = 4
@@ -28,6 +31,8 @@ class Session:
     adapted: lora.AdaptedModel
     loaded_bytes: int
     """Memory of this process with the model loaded, before its rows and its first step."""
+    slim: Slim | None = None
+    """Set once parts may have been cut out of the model: then it is of no use to whoever needs it whole."""
     _row_costs: dict[tuple[int, ...], dict[int, int]] = field(default_factory=dict)
     _examples: dict[_FileKey, Examples] = field(default_factory=dict)
 
@@ -53,21 +58,67 @@ class Session:
 
 
 def session(task: messages_pb2.Task, base_folder: Path | None, accelerator: str, threads: int, emit: Emit) -> Session:
-    """The warm session of this base and recipe, or a new one; at most one model is held at a time."""
+    """The warm session of this base and recipe with the whole model, or a new one; at most one model is held at a time."""
+    return _session(task, _named(task, base_folder), accelerator, threads, emit, lambda held: held.slim is None)
+
+
+def slim_session(
+    task: messages_pb2.Task, base_folder: Path | None, accelerator: str, threads: int, emit: Emit, structure: bytes
+) -> tuple[Session, Slim]:
+    """A session whose model is cut to `structure`, as `structures.to_bytes` writes it (empty: whole), and what is left of it.
+
+    A warm model serves as long as it has all that is wanted: what was cut out of it comes back only by loading it anew. Raises ModelError
+    for a base that cannot be pruned and for a structure that is none of its own.
+    """
+    folder = _named(task, base_folder)
+    layout = slim.layout_of_folder(folder)
+    try:
+        wanted = structures.from_bytes(layout, structure) if structure else structures.whole(layout)
+    except WireError as error:
+        raise ModelError(
+            f"The task's structure does not belong to the base model on this device: {error.message}",
+            "The job's base was exchanged, or the two sides have different versions of Fleetune.",
+        ) from error
+    found = _session(
+        task, folder, accelerator, threads, emit, lambda held: held.slim is None or structures.nested(wanted, held.slim.structure)
+    )
+    left = found.slim = found.slim or Slim(found.adapted, layout)
+    try:
+        if left.pruned.cut_to(wanted):
+            accelerators.release_memory(found.adapted.accelerator)
+    except BaseException:
+        # Cut half-way it would not be what its structure says.
+        forget()
+        raise
+    return found, left
+
+
+def forget() -> None:
+    """The next request loads its model anew."""
+    _WARM.clear()
+
+
+def _named(task: messages_pb2.Task, base_folder: Path | None) -> Path:
     if base_folder is None:
         raise ModelError(f"The task {task.task_id!r} names no base model.", "Name `base` in the job; only link tests run without one.")
+    return base_folder
+
+
+def _session(
+    task: messages_pb2.Task, base_folder: Path, accelerator: str, threads: int, emit: Emit, serves: Callable[[Session], bool]
+) -> Session:
     accelerators.set_threads(threads)
     picked = accelerators.pick(accelerator)
     # Deterministic serialisation: the same recipe is the same bytes within one process.
     recipe_bytes = task.recipe.SerializeToString(deterministic=True)
     key = (task.base.digest, str(base_folder), recipe_bytes, picked.kind)
     held = _WARM.get("session")
-    if held is not None and held.key == key:
+    if held is not None and held.key == key and serves(held):
         return held
     _WARM.clear()
-    if held is not None:
-        del held
-        accelerators.release_memory(picked)
+    del held
+    # Also where nothing is held: a request that failed may have left a model that is freed only now.
+    accelerators.release_memory(picked)
     emit("progress", stage="loading", done=0, total=1)
     adapted = lora.load(base_folder, recipe.from_proto(task.recipe), picked)
     fresh = Session(key, adapted, peaks.present_bytes(picked))

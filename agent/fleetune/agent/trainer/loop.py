@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal, Protocol
 
 import psutil
 import torch
@@ -63,6 +64,24 @@ class Outcome:
     step_s: float
 
 
+Word = Literal["go", "changed", "stop"]
+
+
+class Watcher(Protocol):
+    """What a method does between the steps of a round."""
+
+    def before(self, step: int, optimiser: torch.optim.Optimizer) -> Word:
+        """Before step `step` (from 0): "changed" where the model is another one now, whose steps are timed anew; "stop" ends the round.
+
+        The first step is always taken. No graph of an earlier pass is alive, no gradient is there.
+        """
+        ...
+
+    def observe(self) -> None:
+        """A step's gradients are there, as they are without a scale and before they are clipped."""
+        ...
+
+
 MicroStep = Callable[[AdaptedModel, Batch, float, "torch.amp.GradScaler"], torch.Tensor]
 """Forward and backward of one micro batch that is `share` of its step; returns its share of the step's loss."""
 
@@ -76,8 +95,9 @@ def train(
     row_costs: dict[int, int] | None = None,
     micro_step: MicroStep | None = None,
     parameters: Sequence[torch.nn.Parameter] | None = None,
+    watcher: Watcher | None = None,
 ) -> Outcome:
-    """Runs the plan's steps on the model, in place; with `parameters`, on these of its trainables alone.
+    """Runs the plan's steps on the model, in place; with `parameters`, on these of its trainables alone; `watcher` looks on.
 
     A step's gradient is that of the mean loss over its rows (or target tokens) however many micro batches it takes; where memory
     is short the micro batch is halved and the step done again with the same rows. `anchors`, in the order of the trainables, are
@@ -86,11 +106,13 @@ def train(
     torch.manual_seed(_seed(plan.seed))
     micro_rows = fitting_rows(adapted, items, plan, {} if row_costs is None else row_costs, emit)
     gradients = Gradients(adapted, micro_rows, emit, micro_step or backward)
-    run = _Run(gradients, adapted.parameters if parameters is None else parameters, plan, emit, anchors)
+    run = _Run(gradients, adapted.parameters if parameters is None else parameters, plan, emit, anchors, watcher)
     adapted.model.train()
     order = _order(len(items), plan)
     left = plan.total_rows
     for step in range(plan.steps):
+        if not run.goes_on(step):
+            break
         chosen = [items[index] for index in islice(order, min(plan.step_rows, left))]
         left -= len(chosen)
         run.step(step, chosen)
@@ -229,7 +251,9 @@ class _Run:
         plan: Plan,
         emit: Emit,
         anchors: Sequence[torch.Tensor] | None,
+        watcher: Watcher | None = None,
     ) -> None:
+        self._watcher = watcher
         self._gradients = gradients
         self._adapted = gradients.adapted
         self._plan = plan
@@ -249,11 +273,25 @@ class _Run:
         self._steps = 0
         self._samples = 0
 
+    def goes_on(self, step: int) -> bool:
+        """Asks the watcher, before a step."""
+        if self._watcher is None:
+            return True
+        word = self._watcher.before(step, self._optimiser)
+        if word != "go":
+            self._read()
+        if word == "changed":
+            self._step_seconds.clear()
+            self._read_at = time.monotonic()
+        return word != "stop" or self._steps == 0
+
     def step(self, step: int, chosen: Sequence[Example]) -> None:
         for group in self._optimiser.param_groups:
             group["lr"] = self._plan.rate(step)
         self._unread.append(self._gradients.of(chosen))
         self._scaler.unscale_(self._optimiser)
+        if self._watcher is not None:
+            self._watcher.observe()
         if self._anchors is not None:
             _pull(self._parameters, self._anchors, self._plan.proximal_mu)
         if self._plan.max_grad_norm > 0:
@@ -279,6 +317,19 @@ class _Run:
         due = self._pace.due(self._steps, self._plan.steps)
         if not due and self._adapted.accelerator.kind != "cpu":
             return
+        self._read()
+        if due:
+            self._pace.at(self._steps, self._plan.steps, self._last_loss)
+        if self._steps % self._log_every == 0 or self._steps == self._plan.steps:
+            rate = self._plan.rate(self._steps - 1)
+            self._emit(
+                "log",
+                text=f"step {self._steps}/{self._plan.steps} loss={self._last_loss:.4f} rate={rate:.3g} rows={self._gradients.micro_rows}",
+            )
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
         losses = [float(loss) for loss in (self._unread[0].reshape(1) if len(self._unread) == 1 else torch.stack(self._unread)).tolist()]
         now = time.monotonic()
         self._step_seconds.append((now - self._read_at) / len(losses))
@@ -292,14 +343,6 @@ class _Run:
                 )
         self._loss_sum += math.fsum(losses)
         self._last_loss = losses[-1]
-        if due:
-            self._pace.at(self._steps, self._plan.steps, self._last_loss)
-        if self._steps % self._log_every == 0 or self._steps == self._plan.steps:
-            rate = self._plan.rate(self._steps - 1)
-            self._emit(
-                "log",
-                text=f"step {self._steps}/{self._plan.steps} loss={self._last_loss:.4f} rate={rate:.3g} rows={self._gradients.micro_rows}",
-            )
 
     def outcome(self) -> Outcome:
         return Outcome(

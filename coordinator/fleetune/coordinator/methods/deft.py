@@ -39,6 +39,7 @@ class Deft:
     name = "deft"
     needs_model = True
     plans = True
+    prunes = False
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         """A task for every device that the plan has a part for; before there is a plan, what each device is to measure."""

@@ -34,6 +34,7 @@ class Echo:
     name = "echo"
     needs_model = False
     plans = False
+    prunes = False
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         return {device: echo_pb2.EchoTask(constant=place + 1) for place, device in enumerate(sorted(facts.devices))}

@@ -14,8 +14,11 @@ gradient instead.
     mu         method.proximal_mu           FedProx's pull to the global adapter
     eta_g      method.server_learning_rate
     beta, beta1, beta2, tau   method.server_momentum, server_beta1, server_beta2, server_tau
+    r_i        method.ranks                 rank of device i, by its name
+    s          lora.alpha / lora.rank       scale of every device, whatever its rank
 
-A and B of a LoRA pair are averaged each by itself, as FedIT does; the product of the means is not the mean of the products.
+How the pairs of many devices become one is `method.aggregation`; lora/rules.py has the rules. By default, with equal ranks, A and B are
+averaged each by itself, as FedIT does; the product of the means is not the mean of the products, and how far it is from it is told.
 
 Siblings: proto/fleetune/methods/v1/fedavg_lora.proto, agent/fleetune/agent/methods/fedavg_lora.py.
 """
@@ -27,8 +30,11 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
+from fleetune.coordinator import loraranks
 from fleetune.coordinator.domain import UpdateKind
 from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.lora import rules
+from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.coordinator.rounds.optimizers import FedAdam, FedAvgM, FedYogi, ServerOptimizer
 from fleetune.methods.v1 import fedavg_lora_pb2
@@ -38,6 +44,7 @@ class FedavgLora:
     name = "fedavg_lora"
     needs_model = True
     plans = False
+    prunes = False
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         training = spec.training
@@ -59,12 +66,18 @@ class FedavgLora:
             round=facts.number,
             rounds=spec.rounds.count,
         )
-        return dict.fromkeys(facts.devices, task)
+        aggregation = spec.method.aggregation
+        assert aggregation is not None, "jobspec.parse fills it in"
+        trained = rules.trained(aggregation, facts.number)
+        if trained != "both":
+            task.trains = trained
+        return {device: _ranked(task, spec, facts.names.get(device, "")) for device in facts.devices}
 
-    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | None:
+    def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | LoraFold | None:
         method = spec.method
         if method.server_optimizer == "none":
-            return None
+            assert method.aggregation is not None, "jobspec.parse fills it in"
+            return LoraFold(method.aggregation, spec.lora.rank, loraranks.scale(spec), number, bool(method.ranks))
         rate, beta2 = method.server_learning_rate, method.server_beta2
         assert rate is not None and beta2 is not None, "jobspec.parse fills them in"
         match method.server_optimizer:
@@ -80,6 +93,17 @@ class FedavgLora:
 
     def initial(self, spec: JobSpec, path: Path) -> Initial:
         raise NotImplementedError("the model host makes this method's first state")
+
+
+def _ranked(task: fedavg_lora_pb2.FedavgLoraTask, spec: JobSpec, device_name: str) -> fedavg_lora_pb2.FedavgLoraTask:
+    """The task of a device by its rank; the plain one where that is the job's."""
+    rank = loraranks.rank_of(spec, device_name)
+    if rank == spec.lora.rank:
+        return task
+    own = fedavg_lora_pb2.FedavgLoraTask()
+    own.CopyFrom(task)
+    own.rank, own.scale = rank, loraranks.scale(spec)
+    return own
 
 
 METHOD = FedavgLora()

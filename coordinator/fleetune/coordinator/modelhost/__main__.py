@@ -6,12 +6,12 @@ import os
 import sys
 
 from fleetune.child.entry import serve
-from fleetune.coordinator.modelhost import host
+from fleetune.coordinator.modelhost import host, shrinking
 
 
 def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return serve({"prepare": host.prepare, "evaluate": host.evaluate})
+    return serve({"prepare": host.prepare, "evaluate": host.evaluate, "shrink": shrinking.shrink})
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fleetune import structures
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import adapter, bases, batches, evaluation, lora, rows
+from fleetune.model import adapter, bases, batches, evaluation, lora, rows, slim
 from fleetune.model import recipe as recipes
 from fleetune.model.batches import Examples
+from fleetune.model.slim import Slim
+from fleetune.structures import Structure
 from fleetune.v1 import messages_pb2
 from fleetune.wire import basefiles, codec
 
@@ -61,21 +64,29 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
 def evaluate(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     """Metrics of a state on the coordinator's held-out rows.
 
-    Fields: base_folder, recipe, state_path, rows_path. Optional: rows_format, accelerator, threads. The model and the tokenised
-    rows of the last job stay in memory.
+    Fields: base_folder, recipe, state_path, rows_path. Optional: rows_format, accelerator, threads, and structure, hex of what is left of
+    the model where devices prune it. The model and the tokenised rows of the last job stay in memory.
     """
     recipe = _recipe(fields)
     folder = Path(str(fields["base_folder"]))
     accelerator = _accelerator(fields)
     key = _Key(str(folder), str(fields["recipe"]), accelerator.kind)
     emit("progress", stage="loading", done=0, total=1)
+    wanted = str(fields.get("structure") or "")
+    layout = slim.layout_of_folder(folder) if wanted else None
+    structure = structures.from_bytes(layout, bytes.fromhex(wanted)) if layout is not None else None
     held = _WARM.get("model")
-    if held is None or held.key != key:
+    if held is None or held.key != key or not held.serves(structure):
         held = None
         _WARM.clear()
         held = _keep(key, lora.load(folder, recipe, accelerator))
     examples = _examples(held, Path(str(fields["rows_path"])), str(fields.get("rows_format") or "") or None)
-    adapter.load_state(held.adapted, Path(str(fields["state_path"])))
+    if layout is None or structure is None:
+        adapter.load_state(held.adapted, Path(str(fields["state_path"])))
+    else:
+        held.slim = held.slim or Slim(held.adapted, layout)
+        held.slim.pruned.cut_to(structure)
+        held.slim.load(Path(str(fields["state_path"])))
 
     def on_progress(done: int, total: int) -> None:
         emit("progress", stage="evaluating", done=done, total=total)
@@ -98,6 +109,12 @@ class _Held:
     key: _Key
     adapted: lora.AdaptedModel
     examples: dict[tuple[str, int, int], Examples] = field(default_factory=dict)
+    slim: Slim | None = None
+    """Set once parts may have been cut out of the model."""
+
+    def serves(self, structure: Structure | None) -> bool:
+        """Whether all that is wanted is still there; None wants everything."""
+        return self.slim is None or (structure is not None and structures.nested(structure, self.slim.structure))
 
 
 _WARM: dict[str, _Held] = {}

@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleetune.coordinator.domain import Prepared, RoundEntry
+from fleetune.coordinator.domain import Prepared, RoundEntry, TaskEntry
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.store.blobs import BlobStore
 
@@ -146,16 +146,27 @@ def manifest(adapter: Adapter) -> str:
                 "bytes": task.update.blob.size_bytes,
                 "digest": task.update.blob.digest,
                 "metrics": task.update.metrics,
+                **_pruned(entry, task),
             }
             for task in entry.trained()
             if task.update
         ],
+        **({"task": {"kind": adapter.spec.task.kind, "labels": list(adapter.spec.task.labels)}} if entry.prunings else {}),
         "metrics": entry.metrics,
         "evaluation_rows": entry.evaluation_rows,
+        **({"fold_metrics": entry.fold_metrics} if entry.fold_metrics else {}),
         "started_unix_s": entry.started_unix_s,
         "ended_unix_s": entry.ended_unix_s,
     }
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def _pruned(entry: RoundEntry, task: TaskEntry) -> dict[str, object]:
+    """What a device's model keeps, for whoever makes it from the base and the adapter."""
+    pruning = entry.pruning_of(task.device_id)
+    if pruning is None or task.update is None:
+        return {}
+    return {"structure": task.update.structure, "sparsity": task.update.sparsity, "rank": pruning.rank}
 
 
 def readme(adapter: Adapter) -> str:

@@ -9,11 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fleetune.coordinator.domain import DeviceFigures, Evaluation, Failure, TaskEntry, Update
+from fleetune.coordinator import loraranks
+from fleetune.coordinator.domain import DeviceFigures, Evaluation, Failure, Pruning, TaskEntry, Update
+from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.registry import Registry
-from fleetune.coordinator.rounds import aggregate, machine
+from fleetune.coordinator.rounds import aggregate, layouts, lorapairs, machine
 from fleetune.coordinator.rounds.inspection import Inspection
 from fleetune.coordinator.rounds.job import LiveJob
+from fleetune.coordinator.rounds.lorapairs import NO_LEEWAY, Leeway
 from fleetune.coordinator.rounds.means import Means
 from fleetune.coordinator.rounds.orders import Receipt
 from fleetune.coordinator.store import records
@@ -73,7 +76,12 @@ class Admission:
             return settled or Receipt("refused", "unknown job")
         table = await self._table(job)
         places = (spooled, self._means.blobs.path(update.blob.digest))
-        failure, found = None, await asyncio.gather(self._means.disk.run(inspected, places, table), storing, return_exceptions=True)
+        told = job.machine.round.pruning_of(device_id) if job.machine.round is not None else None
+        limit = told.rank if told is not None else rank_limit(job, task_id)
+        failure, found = (
+            None,
+            await asyncio.gather(self._means.disk.run(self._looked_at, job, told, limit, places, table), storing, return_exceptions=True),
+        )
         if isinstance(found[1], BaseException):
             raise found[1]
         facts = found[0]
@@ -91,7 +99,7 @@ class Admission:
             return Receipt("refused", failure.message)
         if isinstance(facts, BaseException):
             raise facts
-        checked = replace(update, norm=facts.norm, kind=facts.kind)
+        checked = replace(update, norm=facts.norm, kind=facts.kind, structure=facts.structure, sparsity=facts.sparsity)
         if (objection := job.machine.objection(checked, device_id)) is not None:
             await self._means.ask(job.job_id, machine.TaskFailed(task_id, objection))
             if device_id in job.machine.quarantined:
@@ -134,6 +142,17 @@ class Admission:
         if job.ended:
             return Receipt("late", "the job has ended")
         return await self._means.ask(job.job_id, event)
+
+    def _looked_at(
+        self, job: LiveJob, told: Pruning | None, rank: int, places: Sequence[Path], table: codec.TensorTable
+    ) -> aggregate.UpdateFacts:
+        """Blocks on disk."""
+        prepared = job.machine.prepared
+        if told is None or prepared is None:
+            return inspected(places, table, Leeway(rank))
+        layout = layouts.of_job(self._means.blobs, prepared, job.spec.lora.targets)
+        facts = inspected(places, table, Leeway(rank, layout))
+        return replace(facts, sparsity=layouts.reached(layout, told, facts.structure))
 
     async def _table(self, job: LiveJob) -> codec.TensorTable:
         if job.table is None:
@@ -207,6 +226,8 @@ def unasked(job: LiveJob, device_id: str, facts: aggregate.UpdateFacts) -> str:
         asked = " or ".join(f"{kind}s" for kind in sorted(kinds))
         return f"the update holds {facts.kind}s; {asked} are asked for. Use the same version of Fleetune on both sides."
     entry, prepared = job.machine.round, job.machine.prepared
+    if entry is not None and (fixed := _of_fixed_matrices(job, entry.number, facts.names)):
+        return f"the update holds {_some(fixed)}, which no device trains in this round; only the other matrices of the pairs are asked for."
     part = entry.plan.part_of(device_id) if entry is not None and entry.plan is not None else None
     if part is None or prepared is None:
         return ""
@@ -220,18 +241,35 @@ def unasked(job: LiveJob, device_id: str, facts: aggregate.UpdateFacts) -> str:
     return ""
 
 
+def rank_limit(job: LiveJob, task_id: str) -> int:
+    """The rank up to which a task's device may send LoRA pairs; 0 where they must have the state's own."""
+    entry, name = job.machine.open_task(task_id), parse_task_id(task_id)
+    if entry is None or name is None:
+        return 0
+    rule = job.method.fold(job.spec, name.round_number)
+    return loraranks.rank_of(job.spec, entry.device_name) if isinstance(rule, LoraFold) and rule.narrower else 0
+
+
+def _of_fixed_matrices(job: LiveJob, round_number: int, names: Sequence[str]) -> Sequence[str]:
+    """Those of the names whose matrices a round leaves as they are."""
+    rule = job.method.fold(job.spec, round_number)
+    if not isinstance(rule, LoraFold) or rule.trained == "both":
+        return []
+    return [name for name in names if lorapairs.side_of(name) not in (None, rule.trained)]
+
+
 def _some(names: Sequence[str]) -> str:
     """The first of many names."""
     told = ", ".join(repr(name) for name in names[:NAMES_TOLD])
     return told + (f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else "")
 
 
-def inspected(places: Sequence[Path], expected: codec.TensorTable) -> aggregate.UpdateFacts:
+def inspected(places: Sequence[Path], expected: codec.TensorTable, leeway: Leeway = NO_LEEWAY) -> aggregate.UpdateFacts:
     """Facts of the update that lies at the first of `places`, or on its way from there at the second."""
     try:
-        return aggregate.inspect(places[0], expected)
+        return aggregate.inspect(places[0], expected, leeway=leeway)
     except FileNotFoundError:
-        return aggregate.inspect(places[1], expected)
+        return aggregate.inspect(places[1], expected, leeway=leeway)
 
 
 def _same_or_other(known: str, digest: str) -> Receipt:

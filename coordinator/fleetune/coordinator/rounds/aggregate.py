@@ -20,17 +20,20 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from fleetune.architectures import Layout
 from fleetune.coordinator.rounds import contributions, slabs
 from fleetune.coordinator.rounds.contributions import KIND_KEY, Contribution, Input, Inputs, Kind, Mean, Span, check_update, spans
+from fleetune.coordinator.rounds.lorapairs import NO_LEEWAY, Leeway
 from fleetune.coordinator.rounds.moments import Moments
 from fleetune.coordinator.rounds.optimizers import AdamW, ServerOptimizer
 from fleetune.coordinator.rounds.slabs import Floats
 from fleetune.coordinator.rounds.stepping import Stepping
+from fleetune.coordinator.rounds.structured import STRUCTURE_KEY
 from fleetune.errors import NotFiniteError, WireError
 from fleetune.wire import codec
 from fleetune.wire.codec import TensorTable
@@ -50,6 +53,9 @@ class UpdateFacts:
     dtype: str
     norm: float
     finite: bool
+    structure: str = ""
+    """Hex of what the device's model has left; empty where devices do not prune."""
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class FoldPlan:
     optimizer_state: Path | None = None
     out_optimizer_state: Path | None = None
     slab_bytes: int = SLAB_BYTES
+    # Of the model, where devices prune it: an update then has its device's rows and columns only.
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,17 @@ class FoldResult:
     optimizer_size_bytes: int
     coverage: Mapping[str, int]
     update_norm: float
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What the fold has to tell of itself, for people."""
 
 
 class NotFiniteUpdateError(WireError):
     """An update holds NaN or Inf: the device's training diverged."""
 
 
-def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> UpdateFacts:
-    """Facts of an update file whose every tensor must be one of `expected`, of its shape, in one wire dtype and finite.
+def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES, leeway: Leeway = NO_LEEWAY) -> UpdateFacts:
+    """Facts of an update file whose every tensor must be one of `expected`, of its shape, but for the leeway, in one wire dtype and
+    finite.
 
     WireError names the tensor, what was found and what was expected; NaN and Inf are NotFiniteUpdateErrors, so `finite` is true of what
     returns. The file may be renamed meanwhile.
@@ -95,7 +106,7 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         table = _table(fd)
-        kind = check_update(table, expected)
+        kind = check_update(table, expected, leeway)
         dtype = table.specs[0].dtype
         width = codec.ITEM_BYTES[dtype]
         elements = max(1, slab_bytes // (width + 8))
@@ -116,7 +127,8 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES) -> 
                 where = _first_not_finite(table, start, values)
                 raise NotFiniteUpdateError(where, "The device's training diverged: lower its learning rate.")
             squares += square
-        return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True)
+        structure = table.metadata[STRUCTURE_KEY] if leeway.layout is not None else ""
+        return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True, structure)
     finally:
         os.close(fd)
 

@@ -12,6 +12,7 @@ from typing import Literal, cast
 import numpy as np
 
 from fleetune.coordinator.rounds import slabs
+from fleetune.coordinator.rounds.lorapairs import NO_LEEWAY, Leeway
 from fleetune.coordinator.rounds.slabs import Floats
 from fleetune.errors import WireError
 from fleetune.wire import codec, digests
@@ -91,7 +92,9 @@ class Inputs:
         }
 
 
-def open_inputs(base_state: Path, found: Sequence[Contribution], stack: contextlib.ExitStack, otherwise: Kind = "delta") -> Inputs:
+def open_inputs(
+    base_state: Path, found: Sequence[Contribution], stack: contextlib.ExitStack, otherwise: Kind = "delta", leeway: Leeway = NO_LEEWAY
+) -> Inputs:
     """The state and its updates, open until `stack` is closed; of kind `otherwise` where there are none. WireError for what is unsound."""
     contributions = sorted(found, key=lambda contribution: contribution.device_id)
     _check_contributions(contributions)
@@ -114,7 +117,7 @@ def open_inputs(base_state: Path, found: Sequence[Contribution], stack: contextl
             if identity not in seen:
                 try:
                     table = codec.parse_header(header, file_size)
-                    kinds.add(check_update(table, base))
+                    kinds.add(check_update(table, base, leeway))
                 except WireError as error:
                     raise WireError(f"The update of device {contribution.device_id!r}: {error.message}", error.remedy) from error
                 seen[identity] = len(layouts)
@@ -141,13 +144,14 @@ def _check_contributions(contributions: Sequence[Contribution]) -> None:
         raise WireError(f"The weights of the round sum up to {total}; less than 2**53 is allowed.")
 
 
-def check_update(table: TensorTable, expected: TensorTable) -> Kind:
-    """What an update of these tensors holds; WireError where one of them is not as the state `expected` has it."""
+def check_update(table: TensorTable, expected: TensorTable, leeway: Leeway = NO_LEEWAY) -> Kind:
+    """What an update of these tensors holds; WireError where one of them is not as the state `expected` has it, but for the leeway."""
     kind = _KINDS.get(table.metadata.get(KIND_KEY, ""))
     if kind is None:
         raise WireError(f"An update's metadata say {KIND_KEY} = {table.metadata.get(KIND_KEY, '')[:40]!r}; {_KIND_WORDS} is needed.")
     if not table.specs:
         raise WireError("An update holds no tensors; at least one is needed.")
+    expected = leeway.expected(expected, table)
     dtype = table.specs[0].dtype
     for spec in table.specs:
         known = expected.by_name.get(spec.name)
@@ -168,7 +172,7 @@ def spans(base: TensorTable, layouts: Sequence[TensorTable]) -> Iterator[Span]:
     for spec in base.in_file_order:
         if spec.elements == 0:
             continue
-        span = _span_of(spec, base, layouts)
+        span = span_of(spec, base, layouts)
         if run is not None and _follows(run, span, layouts):
             run = Span(run.dtype, run.offset, run.elements + span.elements, run.offsets)
         else:
@@ -179,7 +183,8 @@ def spans(base: TensorTable, layouts: Sequence[TensorTable]) -> Iterator[Span]:
         yield run
 
 
-def _span_of(spec: TensorSpec, base: TensorTable, layouts: Sequence[TensorTable]) -> Span:
+def span_of(spec: TensorSpec, base: TensorTable, layouts: Sequence[TensorTable]) -> Span:
+    """One tensor alone."""
     held = [table.by_name.get(spec.name) for table in layouts]
     offsets = tuple(None if part is None else table.data_start + part.begin for part, table in zip(held, layouts, strict=True))
     return Span(spec.dtype, base.data_start + spec.begin, spec.elements, offsets)

@@ -24,7 +24,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from fleetune.coordinator import jobfolders, jobspec, recipes
-from fleetune.coordinator.domain import Candidate, Failure, RoundEntry, TaskEntry
+from fleetune.coordinator.domain import Candidate, Failure, RoundEntry, TaskEntry, TaskKind
 from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.table import METHODS
 from fleetune.coordinator.registry import Registry, Session
@@ -95,8 +95,8 @@ _Deed = (
 )
 """Every command but SendTask, which needs to know what else is sent."""
 
-_Assigned = dict[tuple[str, bool], Mapping[str, Message]]
-"""(job id, whether to measure) -> what its method assigned to the devices of the open round."""
+_Assigned = dict[tuple[str, TaskKind], Mapping[str, Message]]
+"""(job id, kind of task) -> what its method assigned to the devices of the open round."""
 
 
 class Engine:
@@ -443,6 +443,10 @@ class Engine:
         for job in open_jobs:
             if job.machine.wants_devices():
                 self._apply(batch, job, machine.Offered(self._candidates(job)), now)
+        # Last: whoever can train somewhere now is not kept from it by being measured.
+        for job in open_jobs:
+            if job.machine.wants_newcomers() and not self.registry.sessions.keys() <= job.machine.figures.keys():
+                self._apply(batch, job, machine.Offered(self._candidates(job)), now)
 
     def _running(self) -> int:
         """Jobs that have their turn."""
@@ -540,17 +544,24 @@ class Engine:
                 self._spawn(job, self._wrap_up(job), f"wrap up {job.job_id}")
 
     def _send(self, job: LiveJob, command: machine.SendTask, assigned: _Assigned) -> None:
-        if self._dispatcher is None or job.machine.round is None:
+        round_ = job.machine.round
+        # Without a round only newcomers are measured.
+        if self._dispatcher is None or (round_ is None and command.kind != "measure"):
             return
-        measures = command.kind == "measure"
-        payload = assigned.get((job.job_id, measures))
+        payload = assigned.get((job.job_id, command.kind))
         if payload is None:
             # Once for all tasks of a batch: the method assigns the whole round.
-            kind, prepared = "measure" if measures else "train", job.machine.prepared
-            devices = sorted(t.device_id for t in job.machine.round.tasks.values() if t.kind == kind)
-            depth_count = len(prepared.blocks) if prepared is not None else 0
-            facts = RoundFacts(command.round_number, devices or [command.device_id], job.machine.round.plan, depth_count)
-            payload = assigned[job.job_id, measures] = job.method.assign(job.spec, facts)
+            kind, prepared = "measure" if command.kind == "measure" else "train", job.machine.prepared
+            tasks = list(round_.tasks.values()) if round_ is not None else []
+            facts = RoundFacts(
+                number=command.round_number,
+                devices=sorted(task.device_id for task in tasks if task.kind == kind) or [command.device_id],
+                plan=round_.plan if round_ is not None and kind == "train" else None,
+                depth_count=len(prepared.blocks) if prepared is not None else 0,
+                prunings=job.machine.prunings(command.kind),
+                names={task.device_id: task.device_name for task in tasks},
+            )
+            payload = assigned[job.job_id, command.kind] = job.method.assign(job.spec, facts)
         message = payload.get(command.device_id) or next(iter(payload.values()))
         deadline_s = max(0.1, command.deadline_unix_s - self._wall()) if command.deadline_unix_s > 0 else 0.0
         job.progress[command.task_id] = Progress(moved_monotonic_s=self._monotonic())

@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from fleetune import consensus, structures
 from fleetune.coordinator.domain import Blob, Failure, FoldOutcome
-from fleetune.coordinator.rounds import aggregate, damage, machine
+from fleetune.coordinator.lora.rules import LoraFold
+from fleetune.coordinator.rounds import aggregate, damage, layouts, lorafold, machine
 from fleetune.coordinator.rounds.host import HostError
 from fleetune.coordinator.rounds.inspection import Inspection
 from fleetune.coordinator.rounds.job import LiveJob
@@ -63,7 +65,7 @@ class Folding:
                 await self._means.fold_thread.run(self._store, files)
                 optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes) if result.optimizer_digest is not None else None
                 coverage = min(result.coverage.values(), default=0)
-                outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm)
+                outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm, dict(result.metrics))
                 await self._means.ask(job.job_id, machine.Folded(command.round_number, outcome, ()))
         except DurabilityError as error:
             self._means.give_up(error)
@@ -75,7 +77,8 @@ class Folding:
 
     def _fold_now(self, job: LiveJob, command: machine.Fold, out: Path, out_optimizer: Path) -> aggregate.FoldResult:
         """On the fold thread."""
-        server = job.method.fold(job.spec, command.round_number)
+        rule = job.method.fold(job.spec, command.round_number)
+        server = None if isinstance(rule, LoraFold) else rule
         plan = aggregate.FoldPlan(
             base_state=self._means.blobs.path(command.state.digest),
             contributions=tuple(
@@ -85,8 +88,11 @@ class Folding:
             server=server,
             optimizer_state=self._means.blobs.path(command.optimizer.digest) if command.optimizer and server else None,
             out_optimizer_state=out_optimizer if server else None,
+            layout=layouts.of_job(self._means.blobs, job.machine.prepared, job.spec.lora.targets)
+            if job.method.prunes and job.machine.prepared is not None
+            else None,
         )
-        return aggregate.fold(plan)
+        return lorafold.fold(plan, rule) if isinstance(rule, LoraFold) else aggregate.fold(plan)
 
     def _store(self, files: Sequence[tuple[Path, str]]) -> None:
         """Make blobs of finished files, which lose their first name. On the fold thread."""
@@ -96,16 +102,25 @@ class Folding:
             finally:
                 path.unlink(missing_ok=True)
 
+    def _structure_of_round(self, job: LiveJob) -> str:
+        """Hex of the one structure that the round's devices come to by vote; empty where nothing is cut. Blocks on disk."""
+        entry, prepared = job.machine.round, job.machine.prepared
+        updates = [task.update for task in entry.trained() if task.update and task.update.structure] if entry is not None else []
+        if prepared is None or not updates:
+            return ""
+        layout = layouts.of_job(self._means.blobs, prepared, job.spec.lora.targets)
+        found = [(structures.from_bytes(layout, bytes.fromhex(update.structure)), update.samples) for update in updates]
+        voted = consensus.voted(layout, found, [update.sparsity for update in updates])
+        return structures.to_bytes(layout, voted).hex()
+
     async def evaluate(self, job: LiveJob, number: int, state: Blob) -> None:
         """Measure the new state on the held-out file."""
         assert job.machine.prepared is not None
         heldout = expanded(job.spec.evaluation.heldout)
         try:
+            structure = await self._means.disk.run(self._structure_of_round, job) if job.method.prunes else ""
             evaluation = await self._means.host.evaluate(
-                job.machine.prepared.base_folder,
-                job.recipe,
-                self._means.blobs.path(state.digest),
-                heldout,
+                job.machine.prepared.base_folder, job.recipe, self._means.blobs.path(state.digest), heldout, structure
             )
         except (FleetuneError, OSError) as error:
             if not await self._inspection.check_fresh_state(job):

@@ -62,8 +62,10 @@ class ModelHost:
         )
         return prepared, out
 
-    async def evaluate(self, base_folder: str, recipe: messages_pb2.Recipe, state: Path, rows: Path) -> Evaluation:
+    async def evaluate(self, base_folder: str, recipe: messages_pb2.Recipe, state: Path, rows: Path, structure: str = "") -> Evaluation:
+        """`structure` is the hex of what is left of the model; empty: all of it."""
         fields = {
+            "structure": structure,
             "base_folder": base_folder,
             "recipe": encode(recipe),
             "state_path": str(state),

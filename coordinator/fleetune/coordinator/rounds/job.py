@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from fleetune.coordinator.domain import ENDED, PlanSettings, RoundPlan
+from fleetune.coordinator.domain import ENDED, PlanSettings, PruneSettings, RoundPlan
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Method
 from fleetune.coordinator.methods.table import METHODS
@@ -115,6 +115,26 @@ def plan_of(job_id: str, spec: JobSpec, absent_grace_s: float) -> JobPlan:
         min_delta=spec.rounds.early_stop_min_delta,
         absent_grace_s=absent_grace_s,
         planning=plan_settings(spec) if METHODS[spec.method.name].plans else None,
+        pruning=prune_settings(spec) if METHODS[spec.method.name].prunes else None,
+    )
+
+
+def prune_settings(spec: JobSpec) -> PruneSettings:
+    """How a job file wants the model pruned."""
+    method = spec.method
+    return PruneSettings(
+        target=method.sparsity,
+        steps=spec.training.steps,
+        tau=method.prune_every,
+        step_max=method.prune_step,
+        recovery_rounds=method.recovery_rounds,
+        choice=method.arms,
+        pace=method.pace,
+        rank=spec.lora.rank,
+        rank_min=min(method.rank_min, spec.lora.rank),
+        rank_max=spec.lora.rank,
+        exploration=method.exploration,
+        deadline_s=spec.rounds.deadline_s,
     )
 
 

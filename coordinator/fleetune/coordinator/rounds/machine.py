@@ -35,6 +35,8 @@ from fleetune.coordinator.domain import (
     PlanRequest,
     PlanSettings,
     Prepared,
+    PruneSettings,
+    Pruning,
     RoundEntry,
     RoundPlan,
     TaskEntry,
@@ -42,7 +44,8 @@ from fleetune.coordinator.domain import (
     TaskStatus,
     Update,
 )
-from fleetune.coordinator.rounds import normbound, timing
+from fleetune.coordinator.rounds import arms, normbound, timing
+from fleetune.coordinator.rounds.arms import Spine
 
 ROUND_ATTEMPTS = 5
 """A round that misses its quorum is opened again this often before the job fails."""
@@ -92,6 +95,8 @@ class JobPlan:
     """An update's largest norm as a multiple of the last rounds' median; 0 is no bound."""
     planning: PlanSettings | None = None
     """How rounds are planned; None: every device that is asked does the same."""
+    pruning: PruneSettings | None = None
+    """How devices prune while they train; None: they do not."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------------
@@ -414,12 +419,18 @@ class JobMachine:
     """Device id -> why it gets no more evaluate tasks of this job."""
     last_failure: Failure | None = None
     last_failure_device: str = ""
+    spines: dict[str, Spine] = field(default_factory=dict[str, Spine])
+    """Device id -> what it has pruned, and what is known of its arms; in jobs that prune."""
     figures: dict[str, DeviceFigures] = field(default_factory=dict[str, DeviceFigures])
     """Device id -> what it last told of itself on this job's model; for plans."""
     extra_s: dict[str, float] = field(default_factory=dict[str, float])
     """Device id -> by how much later than its figures say its uploads begin, seconds; a moving average."""
     depths_failed: dict[str, int] = field(default_factory=dict[str, int])
     """Device id -> the shallowest depth for which its memory was not enough, whatever its figures say."""
+    newcomers: dict[str, TaskEntry] = field(default_factory=dict[str, TaskEntry])
+    """Open measure tasks beside the rounds, by id: of devices whose figures are not known while those of enough others are."""
+    sought_out: list[str] = field(default_factory=list[str])
+    """Devices that were asked so since the open round began: none is asked twice in one round."""
     held: tuple[Candidate, ...] = ()
     """Devices that the open round may be planned over; none once it is planned."""
     plans_asked: int = 0
@@ -444,14 +455,15 @@ class JobMachine:
     # -- what others may ask
 
     def open_task(self, task_id: str) -> TaskEntry | None:
-        return self.round.tasks.get(task_id) if self.round else None
+        return self.newcomers.get(task_id) or (self.round.tasks.get(task_id) if self.round else None)
 
     def busy_devices(self) -> set[str]:
         """Devices that hold an open task of this job."""
+        measured = {task.device_id for task in self.newcomers.values()}
         if self.round is None:
-            return set()
+            return measured
         planning_over = {candidate.device_id for candidate in self.held}
-        return planning_over | {task.device_id for task in self.round.tasks.values() if task.status == "assigned"}
+        return measured | planning_over | {task.device_id for task in self.round.tasks.values() if task.status == "assigned"}
 
     def next_deadline_unix_s(self) -> float | None:
         """When `Ticked` is worth sending next."""
@@ -466,6 +478,10 @@ class JobMachine:
             if self.round.deadline_unix_s > 0:
                 times.append(self.round.deadline_unix_s)
             times += [t.offline_since_unix_s + self.plan.absent_grace_s for t in waited_for if t.offline_since_unix_s > 0]
+        for task in self.newcomers.values():
+            times.append(task.assigned_unix_s + MEASURING_S)
+            if task.offline_since_unix_s > 0:
+                times.append(task.offline_since_unix_s + self.plan.absent_grace_s)
         return min(times) if times else None
 
     def objection(self, update: Update, device_id: str = "") -> Failure | None:
@@ -480,8 +496,25 @@ class JobMachine:
         wrong = normbound.objection(update.norm, limit, self.plan.update_norm_bound)
         return Failure("norm", "upload", wrong) if wrong else None
 
+    def prunings(self, kind: TaskKind) -> tuple[Pruning, ...]:
+        """What the devices of the open round's tasks of a kind prune: those who train by their arms; who measures cuts nothing, and
+        measures what is left of the model on that device by now."""
+        if self.round is None or self.plan.pruning is None:
+            return ()
+        if kind != "evaluate":
+            return self.round.prunings
+        made = {task.device_id: task.update for task in self.round.trained()}
+        devices = sorted(task.device_id for task in self.round.tasks.values() if task.kind == "evaluate")
+        return tuple(arms.measured(self.plan.pruning, self.spines.get(device), made.get(device), device) for device in devices)
+
     def wants_devices(self) -> bool:
         return self.status == "waiting" and not self.paused
+
+    def wants_newcomers(self) -> bool:
+        """Whether devices that it has not measured may be offered although a round is open, since there is a plan to come."""
+        if self.plan.planning is None or self.round is None or self.paused:
+            return False
+        return self.round.phase != "measuring" and self.round.number < self.plan.rounds
 
     # -- what happens
 
@@ -503,7 +536,7 @@ class JobMachine:
                 self.last_failure, self.last_failure_device = failure, ""
                 return self._end("failed", f"{stage} failed on the coordinator: {failure.message}", now)
             case Offered(candidates):
-                return self._open_round(candidates, now)
+                return self._measure_beside(candidates, now) if self.wants_newcomers() else self._open_round(candidates, now)
             case UpdateArrived(task_id, update):
                 return self._accept_update(task_id, update, now)
             case UpdateLate():
@@ -573,7 +606,7 @@ class JobMachine:
     def _open_round(self, candidates: Sequence[Candidate], now: float) -> list[Command]:
         if not self.wants_devices() or self.state is None:
             return []
-        usable = sorted((c for c in candidates if c.trains and c.device_id not in self.excluded), key=lambda c: c.device_id)
+        usable = sorted((c for c in candidates if self._may_train(c)), key=lambda c: c.device_id)
         if len(usable) < self.plan.minimum:
             self.message = f"waits for devices: {len(usable)} of at least {self.plan.minimum} are ready"
             if only_measure := sum(not c.trains for c in candidates):
@@ -581,11 +614,15 @@ class JobMachine:
             if self.excluded:
                 self.message += f"; {len(self.excluded)} get no more tasks of this job after failing"
             return []
-        ids = tuple(candidate.device_id for candidate in usable)
+        ids = tuple(sorted({c.device_id for c in usable} | {task.device_id for task in self.newcomers.values()}))
         if self.retry_unix_s > now and ids == self.unplannable:
             self.message = self.no_plan  # nothing has changed since
             return []
         number = self.committed + 1
+        # What is known of the others is enough for a round: nobody waits for a newcomer to be measured.
+        known = [candidate for candidate in usable if candidate.device_id in self.figures]
+        beside = self.plan.planning is not None and len(known) >= max(1, self.plan.minimum)
+        usable, newcomers = (known, [c for c in usable if c.device_id not in self.figures]) if beside else (usable, [])
         asked = usable
         if 0 < self.plan.per_round < len(usable):
             # Seeded by the round, so that the same fleet gives the same choice whatever happened before.
@@ -594,15 +631,53 @@ class JobMachine:
         deadline = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
         norm_limit = normbound.limit(self.norms, self.plan.update_norm_bound)
         self.round = RoundEntry(number, "training", now, deadline, start_state=self.state, norm_limit=norm_limit)
+        if self.plan.pruning is not None:
+            self.spines, self.round.prunings = arms.choose(self.plan.pruning, self.spines, asked, number, self.plan.rounds, self.plan.seed)
         if self.plan.planning is None:
             return self._assign(asked, "train", self.state, now)
         self.unplannable, self.retry_unix_s = ids, 0.0
         self.round.phase, self.held = "measuring", tuple(sorted(asked, key=lambda c: c.device_id))
         self.round.deadline_unix_s = now + MEASURING_S
+        self.sought_out = []
+        measuring = self._measure_beside(newcomers, now)
         unknown = [candidate for candidate in asked if candidate.device_id not in self.figures]
-        return self._assign(unknown, "measure", self.state, now) if unknown else self._ask_for_plan()
+        return measuring + (self._assign(unknown, "measure", self.state, now) if unknown else self._ask_for_plan())
 
     # -- planned rounds
+
+    def _may_train(self, candidate: Candidate) -> bool:
+        """Whether a device may take a train task, as far as this job knows."""
+        measured = any(task.device_id == candidate.device_id for task in self.newcomers.values())
+        return candidate.trains and candidate.device_id not in self.excluded and not measured
+
+    def _measure_beside(self, candidates: Sequence[Candidate], now: float) -> list[Command]:
+        """Have those measured whose figures are not known; the open round goes on meanwhile, and the next plan knows of them."""
+        assert self.round is not None
+        asked = {*self.sought_out, *self.figures, *self.busy_devices(), *(task.device_id for task in self.round.tasks.values())}
+        unknown = [c for c in candidates if self._may_train(c) and c.device_id not in asked]
+        commands: list[Command] = []
+        for device in sorted(unknown, key=lambda c: c.device_id):
+            self.lease += 1
+            task_id = self._task_id(device.device_id, "measure")
+            entry = TaskEntry(task_id, device.device_id, device.name, "measure", self.lease, assigned_unix_s=now)
+            self.newcomers[task_id] = entry
+            self.sought_out.append(device.device_id)
+            commands.append(self._send_beside(entry))
+        return commands
+
+    def _send_beside(self, entry: TaskEntry) -> SendTask:
+        assert self.state is not None
+        until_unix_s = entry.assigned_unix_s + MEASURING_S
+        return SendTask(entry.task_id, entry.device_id, entry.kind, self.committed + 1, entry.lease, self.state, until_unix_s)
+
+    def _tick_newcomers(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        for entry in list(self.newcomers.values()):
+            gone = entry.offline_since_unix_s > 0 and now - entry.offline_since_unix_s >= self.plan.absent_grace_s
+            if gone or now >= entry.assigned_unix_s + MEASURING_S:
+                del self.newcomers[entry.task_id]
+                commands.append(WithdrawTask(entry.task_id, entry.device_id, "not measured in time"))
+        return commands
 
     def _accept_figures(self, task_id: str, figures: DeviceFigures, now: float) -> list[Command]:
         entry = self.open_task(task_id)
@@ -613,6 +688,9 @@ class JobMachine:
         entry.status, entry.offline_since_unix_s = "done", 0.0
         self.figures[entry.device_id] = figures
         self.failures_in_row.pop(entry.device_id, None)
+        if self.newcomers.pop(task_id, None) is not None:
+            self.unplannable = ()  # with this device there may be a plan where there is none without it
+            return []
         return self._close_if_settled(now)
 
     def _misfit(self, figures: DeviceFigures) -> str:
@@ -722,7 +800,7 @@ class JobMachine:
         until_s = round_.deadline_unix_s - round_.training_since_unix_s if round_.deadline_unix_s > 0 else 0.0
         found = timing.taken_over(
             part,
-            [c for c in candidates if c.trains and c.device_id not in self.excluded and round_.plan.part_of(c.device_id) is None],
+            [c for c in candidates if self._may_train(c) and round_.plan.part_of(c.device_id) is None],
             {c.device_id: self._known_figures(c.device_id) for c in candidates if c.device_id in self.figures},
             self.extra_s,
             bits,
@@ -777,13 +855,16 @@ class JobMachine:
         commands: list[Command] = []
         for device in sorted(devices, key=lambda c: c.device_id):
             self.lease += 1
-            task_id = f"{self.plan.job_id}/{self.round.number}/{device.device_id}/{kind}"
-            if self.attempts:
-                task_id += f"/{self.attempts}"
+            task_id = self._task_id(device.device_id, kind)
             entry = TaskEntry(task_id, device.device_id, device.name, kind, self.lease, assigned_unix_s=now)
             self.round.tasks[task_id] = entry
             commands.append(self._send(entry, state))
         return commands
+
+    def _task_id(self, device_id: str, kind: TaskKind) -> str:
+        assert self.round is not None
+        again = f"/{self.attempts}" if self.attempts else ""
+        return f"{self.plan.job_id}/{self.round.number}/{device_id}/{kind}{again}"
 
     def _send(self, entry: TaskEntry, state: Blob) -> SendTask:
         assert self.round is not None
@@ -877,6 +958,8 @@ class JobMachine:
         if entry is None or entry.status != "assigned":
             return []
         entry.status, entry.reason = status, reason
+        if self.newcomers.pop(task_id, None) is not None:
+            return []
         return self._drop_out([entry]) + self._close_if_settled(now)
 
     def _drop_out(self, entries: Sequence[TaskEntry]) -> list[Command]:
@@ -903,7 +986,8 @@ class JobMachine:
             if entry.task_id not in held:
                 self.lease += 1
                 entry.lease = self.lease
-                commands.append(self._send(entry, self._state_of(entry)))
+                beside = entry.task_id in self.newcomers
+                commands.append(self._send_beside(entry) if beside else self._send(entry, self._state_of(entry)))
         return commands
 
     def _state_of(self, entry: TaskEntry) -> Blob:
@@ -913,11 +997,13 @@ class JobMachine:
         return state
 
     def _open_tasks_of(self, device_id: str) -> list[TaskEntry]:
-        if self.round is None:
-            return []
-        return [t for t in self.round.tasks.values() if t.device_id == device_id and t.status == "assigned"]
+        tasks = [*self.newcomers.values(), *(self.round.tasks.values() if self.round is not None else ())]
+        return [t for t in tasks if t.device_id == device_id and t.status == "assigned"]
 
     def _tick(self, now: float) -> list[Command]:
+        return self._tick_newcomers(now) + self._tick_round(now)
+
+    def _tick_round(self, now: float) -> list[Command]:
         if self.status == "waiting" and 0 < self.plan.wait_s <= now - self.waiting_since_unix_s:
             return self._end("failed", f"{self.message or 'waits for devices'}; gave up after devices.wait_s = {self.plan.wait_s:g} s", now)
         if self.status == "waiting" and 0 < self.retry_unix_s <= now:
@@ -998,7 +1084,7 @@ class JobMachine:
         if self.round is None or self.round.number != number or self.round.phase != "folding":
             return []
         self.round.state, self.round.optimizer = outcome.state, outcome.optimizer
-        self.round.update_norm = outcome.update_norm
+        self.round.update_norm, self.round.fold_metrics = outcome.update_norm, dict(outcome.metrics)
         last = number >= self.plan.rounds
         due = last or number % max(1, self.plan.evaluate_every) == 0
         if self.plan.evaluation == "none" or not due:
@@ -1025,6 +1111,8 @@ class JobMachine:
         self.state, self.optimizer = entry.state, entry.optimizer
         self.committed, self.attempts, self.setbacks = entry.number, 0, 0
         self._learn(entry)
+        if self.plan.pruning is not None:
+            self.spines = arms.learn(self.plan.pruning, self.spines, entry)
         self._note_norms(entry)
         commands: list[Command] = [CommitRound(entry)]
         stop = self._judge(entry)
@@ -1075,6 +1163,8 @@ class JobMachine:
     def _restart(self, state_damaged: bool, now: float) -> list[Command]:
         """Devices are not connected yet: open tasks wait for them, past their deadline if need be; what ran on the coordinator
         starts again."""
+        for entry in self.newcomers.values():
+            entry.offline_since_unix_s = now
         if self.status == "preparing":
             return [Prepare()]
         if self.status == "waiting":
@@ -1108,6 +1198,9 @@ class JobMachine:
                     commands.append(WithdrawTask(entry.task_id, entry.device_id, f"job {self.plan.job_id} is {status}"))
             commands.append(AbandonRound(self.round, message))
             self.round, self.held, self.seeking = None, (), []
+        for entry in self.newcomers.values():
+            commands.append(WithdrawTask(entry.task_id, entry.device_id, f"job {self.plan.job_id} is {status}"))
+        self.newcomers = {}
         self.status, self.message, self.ended_unix_s = status, message, now
         return [*commands, EndJob(status)]
 
@@ -1129,6 +1222,11 @@ class JobMachine:
         measuring = entry is not None and entry.phase == "measuring"
         assert planned or not (measuring or self.held or self.seeking or (entry is not None and entry.plan is not None)), "it does not plan"
         assert not self.held or measuring, "devices are held for a plan only"
+        assert planned or not self.newcomers, "it measures nobody"
+        measured = [task.device_id for task in self.newcomers.values()]
+        assert all(task.kind == "measure" and task.status == "assigned" for task in self.newcomers.values()), "what is told is settled"
+        others = {c.device_id for c in self.held} | {t.device_id for t in (entry.tasks.values() if entry else ()) if t.status == "assigned"}
+        assert len(set(measured)) == len(measured) and not others & set(measured), "a newcomer does nothing else"
         assert not self.seeking or (entry is not None and entry.phase == "training"), "spares are sought while others train only"
         if entry is None or not planned:
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fleetune.coordinator.domain import Blob, Prepared
 from fleetune.coordinator.jobrules import is_folder
-from fleetune.coordinator.rounds import adapter, damage, machine
+from fleetune.coordinator.rounds import adapter, damage, layouts, machine
 from fleetune.coordinator.rounds.host import HostError, encode
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rounds.means import Means, expanded, failure_of
@@ -73,6 +73,8 @@ class Preparation:
                 await kept.enter_async_context(self._means.retention.keeping(digest))
                 if not await self._means.disk.run(damage.is_whole, self._means.blobs, Blob(digest, size_bytes)):
                     await self._means.disk.run(self._means.blobs.put_file, Path(prepared.base_folder) / name, link=False, digest=digest)
+            if job.method.prunes:  # told now, not when the first device has trained
+                await self._means.disk.run(layouts.of_job, self._means.blobs, prepared, spec.lora.targets)
             if spec.evaluation.source != "heldout":
                 return prepared
             job.host_stage = "evaluating the base"

@@ -20,6 +20,7 @@ from fleetune.coordinator.domain import (
     Metrics,
     Phase,
     PlannedPart,
+    Pruning,
     RoundEntry,
     RoundPlan,
     TaskEntry,
@@ -426,6 +427,7 @@ def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> contr
         ended_unix_s=entry.ended_unix_s,
         metrics=_metric_messages(entry.metrics),
         evaluation_rows=entry.evaluation_rows,
+        fold_metrics=_metric_messages(entry.fold_metrics),
         upload_bytes=entry.upload_bytes(),
         download_bytes=entry.download_bytes(),
         updates_folded=len(entry.trained()),
@@ -510,10 +512,21 @@ def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: fro
     part = in_round.plan.part_of(entry.device_id) if in_round.plan is not None and entry.kind == "train" else None
     if part is not None:
         view.plan.CopyFrom(_task_plan(part, entry, in_round))
+    if entry.kind == "train" and (pruning := in_round.pruning_of(entry.device_id)) is not None:
+        view.pruning.CopyFrom(_task_pruning(pruning, entry))
     if entry.failure is not None:
         view.failure.CopyFrom(failure_message(entry.failure))
     elif entry.reason:
         view.failure.message = entry.reason
+    return view
+
+
+def _task_pruning(pruning: Pruning, entry: TaskEntry) -> control_pb2.TaskPruning:
+    view = control_pb2.TaskPruning(
+        sparsity_before=pruning.sparsity_before, sparsity_told=pruning.sparsity_after, rank=pruning.rank, pace=pruning.pace
+    )
+    if entry.update is not None:
+        view.sparsity_after = entry.update.sparsity
     return view
 
 

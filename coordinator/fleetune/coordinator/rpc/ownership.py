@@ -67,9 +67,11 @@ def may_fetch(jobs: Iterable[LiveJob], device_id: str, digest: str) -> bool:
     """Whether an open task of the device refers to this blob: the state that it starts from, or a file of its job's base."""
     for job in jobs:
         entry, prepared = job.machine.round, job.machine.prepared
+        of_base = not job.ended and prepared is not None and any(digest == of_file for _, of_file, _ in prepared.files)
+        if of_base and any(task.device_id == device_id for task in job.machine.newcomers.values()):
+            return True
         if entry is None or job.ended:
             continue
-        of_base = prepared is not None and any(digest == of_file for _, of_file, _ in prepared.files)
         kinds = {
             kind
             for kind, state in (("train", entry.start_state), ("measure", entry.start_state), ("evaluate", entry.state))

@@ -37,6 +37,9 @@ class FedavgLoraTask(_message.Message):
     UPDATE_DTYPE_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    TRAINS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps in this round; 0: by epochs."""
     epochs: _builtins.float
@@ -62,6 +65,12 @@ class FedavgLoraTask(_message.Message):
     round: _builtins.int
     """This round, counted from 1, and the job's rounds: place the round on the schedule when it goes by epochs."""
     rounds: _builtins.int
+    rank: _builtins.int
+    """Rank that this device trains: the first directions of the state, which are its best of that rank. 0: all of them."""
+    scale: _builtins.float
+    """What this device multiplies the product of its matrices by. 0: the recipe's alpha / rank."""
+    trains: _builtins.str
+    """"both", or only the "left" (B) or the "right" (A) matrix of each pair; empty: both."""
     def __init__(
         self,
         *,
@@ -80,10 +89,13 @@ class FedavgLoraTask(_message.Message):
         update_dtype: _builtins.str = ...,
         round: _builtins.int = ...,
         rounds: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        scale: _builtins.float = ...,
+        trains: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "proximal_mu", b"proximal_mu", "round", b"round", "rounds", b"rounds", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "steps", b"steps", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "proximal_mu", b"proximal_mu", "rank", b"rank", "round", b"round", "rounds", b"rounds", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "steps", b"steps", "trains", b"trains", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,90 @@
+"""A job of devices with unlike ranks through the real service: processes, uploads, checks, folds, and the adapter at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from support import tiny_models
+from support.fleet import Agent, Fleet, metric, toml
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    colours = tiny_models.coloured_rows(72)
+    for index, name in enumerate(("pi4-a", "laptop")):
+        tiny_models.write_jsonl(folder / f"{name}.jsonl", colours[index * 30 : 30 + index * 30])
+    tiny_models.write_jsonl(folder / "validation.jsonl", colours[60:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Iterator[Fleet]:
+    agents = {name: Agent({"colours": f"{rows}/{name}.jsonl,{rows}/validation.jsonl"}) for name in ("pi4-a", "laptop")}
+    with Fleet(tmp_path_factory.mktemp("fleet"), agents) as running:
+        yield running
+
+
+def job(base: Path, **method: object) -> str:
+    return toml(
+        {
+            "name": "unequal",
+            "seed": 3,
+            "model": {"base": str(base), "allow_hub": False},
+            "task": {"kind": "text-classification", "labels": list(tiny_models.LABELS)},
+            "lora": {"rank": 8, "alpha": 16, "targets": ["query", "value"]},
+            "data": {"name": "colours", "max_length": 32},
+            "training": {"steps": 4, "batch_size": 8, "learning_rate": 0.02},
+            "rounds": {"count": 5},
+            "devices": {"minimum": 2, "wait_s": 60, "keep_warm_s": 600},
+            "method": method,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", [{}, {"aggregation": "rolora"}, {"aggregation": "ffa"}], ids=["exact", "rolora", "ffa"])
+def test_devices_of_unlike_ranks_learn_together(fleet: Fleet, bert: Path, rows: Path, method: dict[str, object]) -> None:
+    text = job(bert, **method) + '\n[method.ranks]\n"pi4-*" = 2\n'
+    done = fleet.completed(text)
+
+    assert [entry.updates_folded for entry in done.history] == [2] * 5
+    assert done.history[-1].train_loss < done.history[0].train_loss
+    assert all({found.name for found in entry.fold_metrics} >= {"aggregation_error"} for entry in done.history)
+    folder = fleet.published(done)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["fold_metrics"]["aggregation_error"] >= 0
+    small, large = (next(device["bytes"] for device in manifest["devices"] if device["name"] == name) for name in ("pi4-a", "laptop"))
+    assert small < large
+    assert {tensor.shape[0] for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
+
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    found = [json.loads(line) for line in (rows / "validation.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        guesses = model(**tokenizer([row["text"] for row in found], padding=True, return_tensors="pt")).logits.argmax(-1).tolist()
+    right = sum(tiny_models.LABELS[guess] == row["label"] for guess, row in zip(guesses, found, strict=True))
+    assert metric(done.history[-1], "accuracy") == pytest.approx(right / len(found))
+
+
+def test_a_coordinator_that_is_killed_folds_again_from_what_it_has(fleet: Fleet, bert: Path) -> None:
+    job_id = fleet.submit(job(bert) + '\n[method.ranks]\n"pi4-*" = 2\n')
+    fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
+    fleet.restart_coordinator(signal.SIGKILL)
+    done = fleet.wait(job_id)
+
+    assert done.rounds_committed == 5
+    assert all(entry.updates_folded == 2 and entry.fold_metrics for entry in done.history)
+    checked = fleet.cli("report", job_id)
+    assert "aggregation error" in checked.stdout
