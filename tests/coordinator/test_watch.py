@@ -49,6 +49,31 @@ def test_a_running_job_at_80_columns() -> None:
     assert "best round 4: accuracy 70.0%" in lines[-1] and "up 36 MiB" in lines[-1]
 
 
+def pruned(view: pb.JobView) -> pb.JobView:
+    """The same with devices that prune: two on their way, one that is through and has cut less than it was told."""
+    for number, one in enumerate(view.current.tasks):
+        one.pruning.sparsity_before, one.pruning.sparsity_told, one.pruning.rank = 0.2, 0.25, 2**number
+        if one.state == pb.DEVICE_TASK_STATE_DONE:
+            one.pruning.sparsity_after = 0.2
+    return view
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_devices_that_prune_show_how_much_and_their_rank(width: int) -> None:
+    lines = drawn(pruned(job_views.in_training()), width=width)
+    assert line_with(lines, "kitch").split()[-3:] == [">", "25%", "1"]
+    assert line_with(lines, "hall-").split()[-2:] == ["20%", "4"]
+
+
+def test_a_committed_round_says_how_much_is_cut() -> None:
+    view = job_views.in_training()
+    told = watch.Announcer().lines(view)
+    assert not any("cut" in line for line in told)
+    for sparsity, one in zip((0.25, 0.5), view.history[-1].tasks, strict=False):
+        one.pruning.sparsity_after = sparsity
+    assert "cut 25% to 50%" in watch.Announcer().lines(view)[-2]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
 @pytest.mark.parametrize(
     "view",

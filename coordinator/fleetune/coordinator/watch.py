@@ -257,15 +257,16 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
     bar_width = 20 if width >= WIDE else 10
     name_width = max(8, min(32 if width >= WIDE else 17, max(len(task.device_name) for task in tasks)))
     prunes = any(task.HasField("pruning") for task in tasks)
-    columns = [Column("cut", justify="right", no_wrap=True, min_width=9), Column("rank", justify="right", no_wrap=True)] if prunes else []
+    bars = width >= WIDE or not prunes
+    cuts = [Column("cut", justify="right", no_wrap=True, min_width=8), Column("rank", justify="right", no_wrap=True, min_width=4)]
     table = Table(
         Column("device", width=name_width if width >= 80 else 8, no_wrap=True, overflow="ellipsis"),
         Column("doing", width=14, no_wrap=True, overflow="ellipsis"),
-        Column("", width=bar_width),
+        *([Column("", width=bar_width)] if bars else []),
         Column("", no_wrap=True, width=14),
         Column("loss", justify="right", no_wrap=True, min_width=6),
         Column("rows", justify="right", no_wrap=True, min_width=5),
-        *columns,
+        *(cuts if prunes else []),
         box=None,
         header_style="dim",
         pad_edge=False,
@@ -278,7 +279,7 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
         table.add_row(
             task.device_name,
             Text(doing, style=style),
-            _task_bar(task, bar_width),
+            *([_task_bar(task, bar_width)] if bars else []),
             Text(_amount(task), style="dim"),
             loss,
             f"{task.samples:,}" if task.samples else "-",
@@ -291,7 +292,7 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
 
 
 def cut_text(task: pb.DeviceTask) -> str:
-    """The share of heads and neurons that is cut, and in a round in which more is: "20 > 25 %"."""
+    """The share of heads and neurons that is cut, and in a round in which more is: "20 > 25%"."""
     if not task.HasField("pruning"):
         return "-"
     own = task.pruning
