@@ -79,9 +79,8 @@ def _build(engine: Engine, folder: Path, name: str, base: str) -> None:
         done = _attempt(command, "0")  # the older builder, which makes every stage up to this one
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-SAID_LINES:])
-        raise MachineError(
-            f"the image was not built. The builder said last:\n{said}\n", "Without an index, deploy/docker/wheelhouse.sh fills wheelhouse/."
-        )
+        remedy = "Without an index, deploy/docker/wheelhouse.sh fills deploy/wheelhouse/."
+        raise MachineError(f"the image was not built. The builder said last:\n{said}\n", remedy)
 
 
 def _attempt(command: list[str], buildkit: str) -> subprocess.CompletedProcess[str]:

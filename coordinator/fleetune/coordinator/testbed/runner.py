@@ -194,14 +194,20 @@ async def _followed(backend: Backend, state: Run, say: Say, tasks: Sequence[asyn
                 if job["state"] in view.ENDED:
                     return
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            await _end(process)
         if time.monotonic() - heard_s > AWAY_S:
             raise MachineError(
                 f"the coordinator has not answered for {AWAY_S:g} s: {_said(trouble)}", "`fleetune testbed status` says who lives."
             )
         await asyncio.sleep(AGAIN_S)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        # Not its own `kill`, which asks first how it does: the answer of one that has just ended is then missed by the event loop.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 def _job(line: bytes) -> dict[str, Any] | None:
@@ -269,9 +275,7 @@ async def ask(backend: Backend, *arguments: str, stdin: str = "") -> str:
     except asyncio.TimeoutError:
         raise MachineError(f"`fleetune {' '.join(arguments)}` did not end within {ASK_S:g} s.") from None
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await _end(process)
     if process.returncode:
         raise _failed(arguments, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), process.returncode)
     return out.decode("utf-8")
