@@ -13,17 +13,20 @@ heads: they are one group.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 from fleetune.errors import ModelError
 
 Kind = Literal["heads", "neurons"]
 Counted = Literal["heads", "heads_per_kv", "width", "neurons"]
 
+CONFIG_BYTES_MAX = 1 << 20
 LAYERS_MAX = 512
 HEADS_MAX = 1024
 NEURONS_MAX = 1 << 20
@@ -183,6 +186,18 @@ def _target(path: str) -> str:
 def known() -> tuple[str, ...]:
     """The model types of the table."""
     return tuple(sorted(_TABLE))
+
+
+def of_config(path: Path) -> Layout:
+    """The groups of the model that the config.json at `path` describes. ModelError where it cannot be read, and as `layout` does."""
+    try:
+        with path.open("rb") as file:
+            config: object = json.loads(file.read(CONFIG_BYTES_MAX))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.", "Name a whole model folder.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object.", "Name a whole model folder.")
+    return layout(cast("dict[str, object]", config))
 
 
 def layout(config: Mapping[str, object]) -> Layout:

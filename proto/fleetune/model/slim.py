@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,24 +18,13 @@ from fleetune.model.lora import ADAPTER, AdaptedModel
 from fleetune.model.pruning import Pruned
 from fleetune.structures import Structure
 
-CONFIG_BYTES_MAX = 1 << 20
-
 _RIGHT = (".lora_A.weight", ".lora_embedding_A")
 _LEFT = (".lora_B.weight", ".lora_embedding_B")
 
 
 def layout_of_folder(folder: Path) -> Layout:
     """The groups of the base in a folder, without loading it. ModelError where it has no readable config or cannot be pruned."""
-    try:
-        with (folder / "config.json").open("rb") as file:
-            config: object = json.loads(file.read(CONFIG_BYTES_MAX))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The base model in {str(folder)!r} has no readable config.json: {error}.", "Name a whole model folder."
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"The config.json in {str(folder)!r} is no JSON object.", "Name a whole model folder.")
-    return architectures.layout(cast("dict[str, object]", config))
+    return architectures.of_config(folder / "config.json")
 
 
 class Slim:

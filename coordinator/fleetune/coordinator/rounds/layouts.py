@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import cast
 
 from fleetune import architectures, sparsity, structures
 from fleetune.architectures import Layout
 from fleetune.coordinator.domain import Prepared, Pruning
 from fleetune.coordinator.store.blobs import BlobStore
-from fleetune.errors import ModelError, WireError
+from fleetune.errors import WireError
 
 CONFIG_NAME = "config.json"
-CONFIG_BYTES_MAX = 1 << 20
 
 
 def of_job(blobs: BlobStore, prepared: Prepared, targets: tuple[str, ...]) -> Layout:
@@ -24,14 +21,7 @@ def of_job(blobs: BlobStore, prepared: Prepared, targets: tuple[str, ...]) -> La
 
 def of_config(path: Path, targets: tuple[str, ...]) -> Layout:
     """Of the model of this config.json. ModelError where it cannot be pruned, or where LoRA on `targets` would not tell what matters."""
-    try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(CONFIG_BYTES_MAX))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.", "Name a whole model folder.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object.", "Name a whole model folder.")
-    layout = architectures.layout(cast("dict[str, object]", config))
+    layout = architectures.of_config(path)
     architectures.check_targets(layout, targets)
     return layout
 

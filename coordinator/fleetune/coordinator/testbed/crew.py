@@ -76,6 +76,36 @@ class Supervisor:
         return procs.alive(self.pid, self.start_ticks)
 
 
+class Crewed:
+    """The part of a backend that its crew does."""
+
+    _crew: Crew
+
+    def stop(self) -> None:
+        self._crew.stop()
+
+    def check(self) -> list[dict[str, Any]]:
+        return self._crew.check()
+
+    def verb(self, *arguments: str) -> Sequence[str]:
+        return self._crew.verb(*arguments)
+
+    def log(self, member: str) -> str:
+        return self._crew.log(member)
+
+    def kill(self, member: str) -> None:
+        self._crew.kill(member)
+
+    def restart(self, member: str) -> None:
+        self._crew.start(member)
+
+    def pause(self, member: str) -> None:
+        self._crew.pause(member)
+
+    def resume(self, member: str) -> None:
+        self._crew.resume(member)
+
+
 class Crew:
     """All that the backends `netns` and `process` do alike. Remembers in DIR/backend, so that another process goes on."""
 

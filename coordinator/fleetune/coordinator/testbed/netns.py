@@ -39,7 +39,7 @@ while True:
 """Takes memory and is not what the kernel kills for it: as another program on the board would that its owner holds dear."""
 
 
-class NetnsBackend:
+class NetnsBackend(crew.Crewed):
     """Made of a place alone; touches nothing until `up`."""
 
     name = "netns"
@@ -66,12 +66,6 @@ class NetnsBackend:
         except BaseException:
             self.down()
             raise
-
-    def stop(self) -> None:
-        self._crew.stop()
-
-    def check(self) -> list[dict[str, Any]]:
-        return self._crew.check()
 
     def machine(self) -> dict[str, Any]:
         return crew.environment_facts()
@@ -101,24 +95,6 @@ class NetnsBackend:
             sent, received = traffic.get(member, (None, None))
             found[member] = Sample(group.cpu_seconds(), memory, peak, sent, received, group.memory_events())
         return found
-
-    def verb(self, *arguments: str) -> Sequence[str]:
-        return self._crew.verb(*arguments)
-
-    def log(self, member: str) -> str:
-        return self._crew.log(member)
-
-    def kill(self, member: str) -> None:
-        self._crew.kill(member)
-
-    def restart(self, member: str) -> None:
-        self._crew.start(member)
-
-    def pause(self, member: str) -> None:
-        self._crew.pause(member)
-
-    def resume(self, member: str) -> None:
-        self._crew.resume(member)
 
     def cut(self, member: str) -> None:
         self._hosts.cut(member)

@@ -22,7 +22,7 @@ MISSING = (
 )
 
 
-class ProcessBackend:
+class ProcessBackend(crew.Crewed):
     """Made of a place alone; touches nothing until `up`."""
 
     name = "process"
@@ -49,12 +49,6 @@ class ProcessBackend:
         except BaseException:
             self.down()
             raise
-
-    def stop(self) -> None:
-        self._crew.stop()
-
-    def check(self) -> list[dict[str, Any]]:
-        return self._crew.check()
 
     def machine(self) -> dict[str, Any]:
         return {**crew.environment_facts(), "missing": list(MISSING)}
@@ -85,24 +79,6 @@ class ProcessBackend:
             total_s = cpu_s + self._ended_cpu_s.get(member, 0.0)
             found[member] = Sample(total_s, sum(one.memory_bytes for one in facts), None, None, None, None)
         return found
-
-    def verb(self, *arguments: str) -> Sequence[str]:
-        return self._crew.verb(*arguments)
-
-    def log(self, member: str) -> str:
-        return self._crew.log(member)
-
-    def kill(self, member: str) -> None:
-        self._crew.kill(member)
-
-    def restart(self, member: str) -> None:
-        self._crew.start(member)
-
-    def pause(self, member: str) -> None:
-        self._crew.pause(member)
-
-    def resume(self, member: str) -> None:
-        self._crew.resume(member)
 
     def cut(self, member: str) -> None:
         raise _cannot("cut a link")
