@@ -32,13 +32,13 @@ p{margin:6px 0 12px;max-width:78ch}
 .soft{color:var(--soft)}
 .good{color:var(--good)}
 .bad{color:var(--bad)}
-.tiles{display:flex;flex-wrap:wrap;gap:12px;margin:20px 0 8px}
-.tile{flex:1 1 150px;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px;margin:20px 0 8px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
 .tile b{display:block;font-size:22px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:13px}
 .wide{overflow-x:auto;margin:8px 0 14px}
 .wide>svg{display:block;width:100%;min-width:860px;height:auto}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:16px;margin:12px 0}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:16px;margin:12px 0}
 .curves svg{width:100%;height:auto;border:1px solid var(--line);border-radius:8px;padding:8px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:5px 18px 5px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
