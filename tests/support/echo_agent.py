@@ -101,8 +101,10 @@ class EchoAgent:
         self.welcome = self.refusal = None
         self.ended.clear()
         self._call = fleet_pb2_grpc.FleetServiceStub(self._channel).Session()
-        await self._call.write(fleet_pb2.SessionRequest(hello=self.hello))
-        first = await asyncio.wait_for(self._call.read(), ANSWER_S)
+        answer = Answer(self._call)
+        # The coordinator may refuse the call before it has read anything.
+        await answer.heard(self._call.write(fleet_pb2.SessionRequest(hello=self.hello)))
+        first = await asyncio.wait_for(answer.heard(self._call.read()), ANSWER_S)
         assert isinstance(first, fleet_pb2.SessionResponse)
         if first.HasField("refusal"):
             self.refusal = first.refusal

@@ -29,10 +29,14 @@ async def address() -> AsyncIterator[str]:
             await context.write(b"y" * 1000)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much")
 
+    async def refuse_at_once(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not you")
+
     server = grpc.aio.server()
+    closed: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(refuse_at_once)
     both: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(say_and_refuse)
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(refuse)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Put": handler, "Talk": both}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Put": handler, "Talk": both, "Closed": closed}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
@@ -63,6 +67,40 @@ async def test_a_refusal_in_the_middle_of_a_stream_is_heard_as_what_it_was(addre
 
         heard = [await asyncio.wait_for(once(), WAIT_S) for _ in range(CALLS)]
     assert set(heard) == {(grpc.StatusCode.FAILED_PRECONDITION, "not now")}
+
+
+async def test_a_refusal_before_the_first_word_is_heard_as_what_it_was(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        knock: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/t.T/Closed")
+
+        async def once(pause: int) -> tuple[grpc.StatusCode, str | None]:
+            call = knock()
+            answer = Answer(call)
+            try:
+                # Some are refused before the write begins, some while it is under way, some after it.
+                for _ in range(pause):
+                    await asyncio.sleep(0)
+                await answer.heard(call.write(b"x"))
+                await answer.heard(call.read())
+            except grpc.aio.AioRpcError as error:
+                return error.code(), error.details()
+            finally:
+                let_go(call)
+            raise AssertionError("The call was not refused.")
+
+        heard = [await asyncio.wait_for(once(count % 40), WAIT_S) for count in range(CALLS)]
+    assert set(heard) == {(grpc.StatusCode.UNAUTHENTICATED, "not you")}
+
+
+async def test_what_goes_well_is_heard_as_it_is(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        talk: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/t.T/Talk")
+        call = talk()
+        answer = Answer(call)
+        await answer.heard(call.write(b"x"))
+        assert answer.error() is None
+        assert await answer.heard(call.read()) == b"y" * 1000
+        let_go(call)
 
 
 async def test_an_error_of_this_end_stays_what_it_is(address: str) -> None:

@@ -21,7 +21,7 @@ from fleetune.agent.links import Links
 from fleetune.errors import FleetuneError, UnreachableError, WireError
 from fleetune.v1 import fleet_pb2, fleet_pb2_grpc
 from fleetune.waiting import happened, within
-from fleetune.wire.answers import let_go
+from fleetune.wire.answers import Answer, let_go
 
 if TYPE_CHECKING:
     from fleetune.v1.fleet_pb2_grpc import FleetServiceAsyncStub
@@ -256,9 +256,10 @@ class Session:
             # they to fail at once too, the two waits would add up.
             stub: FleetServiceAsyncStub = fleet_pb2_grpc.FleetServiceStub(channel)
             call = stub.Session(wait_for_ready=backoff.failures > 0)
+            answer = Answer(call)
             try:
                 try:
-                    welcome = await within(welcome_deadline_s, self._greet(call))
+                    welcome = await within(welcome_deadline_s, self._greet(call, answer))
                 except asyncio.TimeoutError:
                     raise _Lost(f"no answer within {welcome_deadline_s:g} s") from None
                 backoff.reset()
@@ -271,7 +272,7 @@ class Session:
                 self._beats.clear()
                 self._listener.connected(welcome)
                 try:
-                    await self._converse(call, welcome)
+                    await self._converse(call, answer, welcome)
                 finally:
                     self._connected = False
                     self._mailbox.abandon()
@@ -279,16 +280,16 @@ class Session:
             finally:
                 let_go(call)
 
-    async def _greet(self, call: Call) -> Welcome:
+    async def _greet(self, call: Call, answer: Answer) -> Welcome:
         # What the agent holds is told as of now, not as of the time when it began to dial.
         await call.wait_for_connection()
         hello = await self._hello()
         try:
-            await call.write(fleet_pb2.SessionRequest(hello=hello))
+            # A coordinator that does not take this certificate says so without waiting for Hello.
+            await answer.heard(call.write(fleet_pb2.SessionRequest(hello=hello)))
         except asyncio.InvalidStateError:
-            await call.wait_for_connection()  # raises the status with which the call has ended since it began
             raise _Lost("the stream was cut before Hello") from None
-        response = await call.read()
+        response = await answer.heard(call.read())
         if not isinstance(response, fleet_pb2.SessionResponse):
             raise _Lost("the coordinator ended the stream before a welcome")
         body = response.WhichOneof("body")
@@ -298,12 +299,12 @@ class Session:
             raise _Lost(f"the coordinator answered Hello with {body or 'an unknown message'}")
         return convert.welcome(response.welcome)
 
-    async def _converse(self, call: Call, welcome: Welcome) -> None:
+    async def _converse(self, call: Call, answer: Answer, welcome: Welcome) -> None:
         """Read, write and heartbeat until one of the three ends; the others are then ended too."""
         pulse = _Pulse(welcome.lease_s)
         parts = [
-            asyncio.create_task(self._read(call, welcome, pulse), name="session reader"),
-            asyncio.create_task(self._write(call), name="session writer"),
+            asyncio.create_task(answer.heard(self._read(call, welcome, pulse)), name="session reader"),
+            asyncio.create_task(answer.heard(self._write(call)), name="session writer"),
             asyncio.create_task(self._beat(welcome.heartbeat_s), name="session heartbeat"),
             asyncio.create_task(pulse.lost(), name="session lease"),
             asyncio.create_task(self._moved(), name="session redial"),

@@ -6,7 +6,8 @@ fails because the call has ended. A server that refuses an upload before it has 
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+import asyncio
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -36,6 +37,29 @@ class Answer:
             return error
         code, details, trailing = self._status
         return grpc.aio.AioRpcError(code, error.initial_metadata(), trailing, details, error.debug_error_string())
+
+    def error(self) -> grpc.aio.AioRpcError | None:
+        """What the other end ended the call with; None while it is open, and where it ended well."""
+        if self._status is None or self._status[0] is grpc.StatusCode.OK:
+            return None
+        code, details, trailing = self._status
+        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+
+    async def heard(self, saying: Awaitable[T]) -> T:
+        """What `saying`, a write or a read of the call, comes to.
+
+        AioRpcError with the status of the other end, also where the call had ended before the write began, which grpc.aio answers with
+        InvalidStateError; that one is left where there is no status to tell.
+        """
+        try:
+            return await saying
+        except grpc.aio.AioRpcError as error:
+            raise self.of(error) from None
+        except asyncio.InvalidStateError:
+            told = self.error()
+            if told is None:
+                raise
+            raise told from None
 
 
 def let_go(call: grpc.aio.Call) -> None:
