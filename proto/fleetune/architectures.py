@@ -193,7 +193,7 @@ def of_config(path: Path) -> Layout:
     try:
         with path.open("rb") as file:
             config: object = json.loads(file.read(CONFIG_BYTES_MAX))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}.", "Name a whole model folder.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object.", "Name a whole model folder.")

@@ -21,6 +21,10 @@ from fleetune.structures import Keep
 STEP_MAX = 0.10
 TAU = 20
 NEURONS_MULTIPLE = 8
+CRUMB = 0.3
+"""Of what a round may cut: where less than this would be left to the target it goes, too. Heads are cut whole anyway, and a pace below 1
+would take ever smaller steps towards the target."""
+
 CLUSTERS_MIN = 4
 """Of grouped queries: with fewer key/value heads, cutting whole clusters would be too coarse, so query heads go from each of them."""
 
@@ -54,6 +58,8 @@ class Round:
 def round_of(before: float, pace: float, target: float, steps: int, tau: int = TAU, step_max: float = STEP_MAX) -> Round:
     """The pruning of a round of about `steps` local steps: never beyond the target, never more than `step_max` at once, never back.
 
+    A crumb that would be left goes, too.
+
     >>> round_of(0.2, 0.5, 0.5, steps=60).after
     0.25
     """
@@ -61,6 +67,8 @@ def round_of(before: float, pace: float, target: float, steps: int, tau: int = T
     _check("target", target, 0.0, 0.95)
     gap = max(0.0, min(target - before, step_max))
     after = before + pace * gap
+    if pace > 0.0 and target - before <= step_max and target - after < CRUMB * step_max:
+        after = max(before, target)
     return Round(before, after, max(1, steps // tau), tau)
 
 

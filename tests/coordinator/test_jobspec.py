@@ -43,7 +43,7 @@ def test_every_example_job_is_right_and_begins_with_its_command(path: Path) -> N
 def test_there_is_an_example_for_each_task_and_each_method() -> None:
     specs = [jobspec.parse(path.read_text("utf-8")) for path in JOBS.glob("*.toml")]
     assert {spec.task.kind for spec in specs} == {"text-classification", "causal-lm", "seq2seq-lm", None}
-    assert {spec.method.name for spec in specs} == {"fedavg_lora", "deft", "fedspine", "echo"}
+    assert {spec.method.name for spec in specs} == {"fedavg_lora", "deft", "fedspine", "fedara", "echo"}
 
 
 def test_a_minimal_classification_is_completed_by_its_task() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fleetune.coordinator import listing
 from fleetune.v1 import control_pb2 as pb
-from fleetune.v1 import messages_pb2
+from fleetune.v1 import fleet_pb2, messages_pb2
 
 
 def printed(*devices: pb.DeviceView, width: int = 160) -> str:
@@ -39,3 +39,13 @@ def test_a_link_is_shown_with_its_source_and_age_and_a_step_with_its_rows() -> N
     assert "configured" in text
     assert "5.2/48, 8 ms" in printed(pi, width=130)
     assert "5.2/48" not in printed(pi, width=100)
+
+
+def test_a_device_at_work_says_what_it_is_at_and_how_far() -> None:
+    task = pb.DeviceTask(
+        kind=messages_pb2.TASK_KIND_MEASURE, state=pb.DEVICE_TASK_STATE_ASSIGNED, stage=fleet_pb2.TASK_STAGE_MEASURING, online=True
+    )
+    task.done, task.total = 2, 5
+    pi = pb.DeviceView(name="pi", online=True, task_id="job/1/pi", task=task)
+    assert "measuring 40%" in printed(pi, width=80)
+    assert "at work" in printed(pb.DeviceView(name="pi", online=True, task_id="of a job that has ended"), width=80)

@@ -102,3 +102,31 @@ def test_what_is_no_rank_is_told_by_the_path_of_the_table(ranks: str) -> None:
 def test_other_methods_have_no_use_for_it() -> None:
     assert complaints('"pi4-*" = 2', 'name = "deft"')["method.ranks"].startswith("Remove it: only fedavg_lora")
     assert "method.aggregation" in complaints("", 'name = "deft"\naggregation = "exact"')
+
+
+def test_with_fedsa_devices_keep_b_and_send_a_whose_mean_is_a_plain_one() -> None:
+    spec = job(method='aggregation = "fedsa"')
+    tasks = METHOD.assign(spec, RoundFacts(1, ["a"], names={"a": "a"}))
+    task = tasks["a"]
+    assert isinstance(task, fedavg_lora_pb2.FedavgLoraTask)
+    assert (task.personal, task.trains) == (True, "")
+    assert METHOD.fold(spec, 1) is None
+    assert not METHOD.assign(job(), RoundFacts(1, ["a"], names={"a": "a"}))["a"].personal  # type: ignore[attr-defined]
+
+
+def test_with_fedsa_nobody_else_can_measure_and_ranks_are_equal() -> None:
+    found = complaints('"a" = 4', 'aggregation = "fedsa"')
+    assert set(found) == {"method.ranks"}
+    with pytest.raises(JobFileError) as caught:
+        jobspec.parse(FILE.format(ranks="", method='aggregation = "fedsa"') + '[evaluation]\nsource = "heldout"\nheldout = "/rows.jsonl"\n')
+    (complaint,) = caught.value.complaints
+    assert (complaint.path, complaint.allowed) == ("evaluation.source", "devices or none, with aggregation = fedsa")
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_ways_that_change_the_base_are_no_choices_and_those_that_are_are_named(name: str) -> None:
+    with pytest.raises(JobFileError) as caught:
+        job(method=f'aggregation = "{name}"')
+    (complaint,) = caught.value.complaints
+    assert complaint.path == "method.aggregation"
+    assert all(choice in complaint.allowed for choice in ("exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "fedsa"))

@@ -315,6 +315,34 @@ def test_measuring_is_told_before_the_round_is_planned() -> None:
     assert line_with(drawn(view), "measuring, 0 of 2 devices done")
 
 
+def being_measured(name: str, done: int = 0, total: int = 0) -> pb.DeviceTask:
+    stage = fleet_pb2.TASK_STAGE_MEASURING
+    return job_views.task(name, pb.DEVICE_TASK_STATE_ASSIGNED, stage=stage, done=done, total=total, kind=messages_pb2.TASK_KIND_MEASURE)
+
+
+@pytest.mark.parametrize("width", [80, 104])
+def test_devices_that_are_measured_beside_a_round_are_shown_with_how_far_they_are(width: int) -> None:
+    view = job_views.in_planned_training()
+    view.newcomers.extend([being_measured("shed-pi"), being_measured("attic-pi", 2, 5)])
+    lines = drawn(view, width=width)
+    assert line_with(lines, "for a later plan").strip() == "for a later plan: attic-pi measuring 40%, shed-pi measuring"
+    assert all(len(line.rstrip()) <= width for line in lines)
+
+
+def test_of_many_newcomers_some_are_named_and_the_rest_is_counted() -> None:
+    view = job_views.in_planned_training()
+    view.newcomers.extend(being_measured(f"n-{number}") for number in range(9))
+    assert watch.newcomers_text(view).endswith("n-3 measuring and 5 more")
+
+
+def test_a_pipe_hears_once_of_a_device_that_came_later() -> None:
+    view = job_views.in_planned_training()
+    view.newcomers.append(being_measured("shed-pi"))
+    announcer = watch.Announcer()
+    assert "shed-pi came later: measured beside the rounds" in announcer.lines(view)
+    assert announcer.lines(view) == []
+
+
 @pytest.mark.parametrize(
     ("depths", "text"),
     [

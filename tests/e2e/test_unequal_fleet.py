@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from support import tiny_models
 from support.fleet import Agent, Fleet, metric, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,28 @@ def test_a_coordinator_that_is_killed_folds_again_from_what_it_has(fleet: Fleet,
     assert all(entry.updates_folded == 2 and entry.fold_metrics for entry in done.history)
     checked = fleet.cli("report", job_id)
     assert "aggregation error" in checked.stdout
+
+
+def test_b_and_head_stay_on_their_devices_and_survive_a_kill(fleet: Fleet, bert: Path) -> None:
+    job_id = fleet.submit(job(bert, aggregation="fedsa"))
+    fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
+    fleet.kill9("laptop")
+    fleet.start("laptop")
+    done = fleet.wait(job_id)
+    assert done.rounds_committed == 5, done.message
+    assert done.history[-1].train_loss < done.history[0].train_loss
+    folder = fleet.published(done)
+    published = load_file(folder / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in published.items() if ".lora_B." in name)
+    own: dict[str, dict[str, object]] = {}
+    for name in ("pi4-a", "laptop"):
+        files = sorted((fleet.state_of(name) / "personal" / job_id).iterdir())
+        assert 1 <= len(files) <= 2, "the last two rounds that it took part in"
+        own[name] = dict(load_file(files[-1]))
+        assert set(own[name]) == set(published)
+    differs = [name for name in published if not (own["pi4-a"][name] == own["laptop"][name]).all()]  # type: ignore[attr-defined]
+    assert any(".lora_B." in name for name in differs)
+    assert any("classifier" in name for name in differs)
+    text = fleet.cli("logs", job_id).stdout
+    assert 1 <= text.count("nothing of this job is kept on this device") <= 2, "in each device's first round alone"
+    assert "are lost" not in text

@@ -50,6 +50,15 @@ def test_full_pace_reaches_the_target_in_as_many_rounds_as_the_bound_demands() -
     assert rounds == 5
 
 
+def test_what_little_is_left_to_the_target_goes_in_the_same_round() -> None:
+    shares = [0.38]
+    while shares[-1] < 0.5:
+        shares.append(sparsity.round_of(shares[-1], 0.5, 0.5, steps=60).after)
+    assert shares == pytest.approx([0.38, 0.43, 0.465, 0.5])
+    assert sparsity.round_of(0.49, 0.0, 0.5, steps=60).after == 0.49, "a pace of nothing cuts nothing"
+    assert sparsity.round_of(0.5, 0.5, 0.5, steps=60).after == 0.5
+
+
 @pytest.mark.parametrize(("pace", "target"), [(-0.1, 0.5), (1.1, 0.5), (0.5, 0.96), (float("nan"), 0.5)])
 def test_a_pace_or_target_out_of_bounds_is_refused(pace: float, target: float) -> None:
     with pytest.raises(ValueError, match="is allowed"):

@@ -214,6 +214,7 @@ class Execution:
             "task": base64.b64encode(task.encoded).decode("ascii"),
             "base_folder": str(base_folder) if base_folder is not None else None,
             "state_path": str(state_path),
+            "keep_folder": str(self.config.state_dir / "personal"),
             "data": _data_fields(data) if data is not None else None,
             "limits": {
                 "threads": self.threads,

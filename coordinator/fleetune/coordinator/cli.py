@@ -133,6 +133,7 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
         "fleetune demo",
         "fleetune demo --method deft",
         "fleetune demo --method fedspine",
+        "fleetune demo --method fedara",
         "fleetune demo --agents 4 --split dirichlet --alpha 0.5",
         "fleetune demo --data ./my-texts --rounds 5",
     ],
@@ -141,13 +142,15 @@ def serve(config: Path | None, **options: Any) -> int:  # Any: the table's optio
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with train.jsonl, validation.jsonl and test.jsonl (text, label).")
 @click.option(
     "--method",
-    type=click.Choice(["fedavg_lora", "deft", "auto", "fedspine"]),
+    type=click.Choice(["fedavg_lora", "deft", "auto", "fedspine", "fedara"]),
     default="fedavg_lora",
     show_default=True,
     help="deft plans which agent trains which layers, on links of unequal speed; auto lets the planner choose who trains what; fedspine "
-    "halves the model's layers while it is tuned.",
+    "halves the model's layers while it is tuned; fedara keeps an ever smaller part of the adapters.",
 )
-@click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds to train; 12 if left out; 100 short ones for deft, 14 for fedspine.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 1000), help="Rounds to train; 12 if left out; 100 short ones for deft, 14 for fedspine and fedara."
+)
 @click.option(
     "--steps",
     type=click.IntRange(1, 10_000),

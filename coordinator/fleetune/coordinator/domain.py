@@ -153,6 +153,27 @@ class Pruning:
     sparsity_after: float
     pace: float
     rank: int
+    note: str = ""
+    """Why the device was not free to choose, for a person."""
+    hardware: str = ""
+    """The device's class of hardware."""
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """How a job's adapters lose ranks; None in a job whose method keeps them."""
+
+    end: float = 0.25
+    """The share of all triplets that is left in the end."""
+    warm_share: float = 0.1
+    """Of the rounds, before the fall."""
+    final_share: float = 0.3
+    """Of the rounds, after it."""
+    arbitration: Literal["score", "vote"] = "score"
+    threshold: float = 0.5
+    """Of the votes that a triplet needs to come first."""
+    first: int = 0
+    """Triplets in the beginning; known once the first state is made."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +234,8 @@ class Candidate:
     evaluates: bool = True
     """The same of rows to measure on."""
     link: LinkFigures = LinkFigures()
+    hardware: str = ""
+    """Its class of hardware: what its owner calls it, else its board, its accelerator or its kind of processor."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +279,12 @@ class Update:
     structure: str = ""
     """Hex of what the device's model keeps; empty in jobs that do not prune, and where nothing is cut."""
     sparsity: float = 0.0
+    importance: str = ""
+    """How much its heads and neurons matter, as `importances.to_text` writes it; empty where it was not asked for or is not known."""
+    report: bytes = b""
+    """What the method says of itself, until it is checked; nothing of it is kept."""
+    scores: str = ""
+    """Hex of a float16 for each triplet, modules in the order of their names; empty in jobs that keep their ranks."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +313,8 @@ class Prepared:
     initial: Evaluation | None = None
     blocks: tuple[DepthBlock, ...] = ()
     """The trainable tensors by depth from the loss, index 0 next to it; empty for methods without a model."""
+    ranks: dict[str, int] = field(default_factory=dict[str, int])
+    """Module -> triplets of its adapter; empty where adapters are no triplets."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +327,10 @@ class FoldOutcome:
     update_norm: float = 0.0
     metrics: Metrics = field(default_factory=dict[str, float])
     """What the fold tells of itself, as how far a mean of LoRA pairs is from the exact one."""
+    adapter: Blob | None = None
+    """The state as PEFT loads it, where it is not the state itself."""
+    trainables_digest: str = ""
+    """Of the state, where its tensors are others than those that the job began with."""
 
 
 @dataclass
@@ -339,6 +374,14 @@ class RoundEntry:
     plan: RoundPlan | None = None
     prunings: tuple[Pruning, ...] = ()
     """What its devices were told to prune, in device-id order; none in jobs that do not."""
+    ranks: dict[str, int] = field(default_factory=dict[str, int])
+    """Module -> triplets that its adapter had when the round began; empty in jobs that keep their ranks."""
+    alive: dict[str, str] = field(default_factory=dict[str, str])
+    """Module -> a 1 for each of these that stays, a 0 for each that goes; decided when all updates were there."""
+    adapter: Blob | None = None
+    """The new state as PEFT loads it, where it is not the state itself."""
+    trainables_digest: str = ""
+    """Of the new state, where its tensors are others than those that the job began with."""
     training_since_unix_s: float = 0.0
     """When the planned training began; 0 in rounds without a plan."""
     ended_unix_s: float = 0.0
@@ -347,6 +390,11 @@ class RoundEntry:
     def working_since_unix_s(self) -> float:
         """When its devices began to train: measuring them first, which only a first round waits for long, tells nothing of other rounds."""
         return self.training_since_unix_s or self.started_unix_s
+
+    @property
+    def published(self) -> Blob | None:
+        """The tensors of the round's adapter folder."""
+        return self.adapter or self.state
 
     def pruning_of(self, device_id: str) -> Pruning | None:
         return next((pruning for pruning in self.prunings if pruning.device_id == device_id), None)

@@ -76,6 +76,12 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "exploration": ("fedspine",),
     "importance_decay": ("fedspine",),
     "probe_rows": ("fedspine",),
+    "ranks_end": ("fedara",),
+    "warm_share": ("fedara",),
+    "final_share": ("fedara",),
+    "arbitration": ("fedara",),
+    "vote_threshold": ("fedara",),
+    "orthogonality": ("fedara",),
     "proximal_mu": ("fedavg_lora",),
     "server_optimizer": ("fedavg_lora",),
     "server_learning_rate": ("fedavg_lora",),
@@ -84,7 +90,7 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "server_beta2": ("fedavg_lora", "deft"),
     "server_epsilon": ("deft",),
     "server_tau": ("fedavg_lora",),
-    "update_dtype": ("fedavg_lora", "deft", "fedspine"),
+    "update_dtype": ("fedavg_lora", "deft", "fedspine", "fedara"),
     "state_mib": ("echo",),
 }
 """The methods that have a use for a setting of [method]."""
@@ -360,6 +366,8 @@ def _method(draft: Draft) -> Iterator[Complaint]:
         yield from _deft(draft)
     elif name == "fedspine":
         yield from _fedspine(draft)
+    elif name == "fedara":
+        yield from _fedara(draft)
     elif name == "fedavg_lora" and draft.sound("method.server_optimizer"):
         yield from _aggregation(draft)
         for setting, optimizers in _SERVER_SETTINGS.items():
@@ -384,6 +392,7 @@ def _aggregation(draft: Draft) -> Iterator[Complaint]:
     if "*" in patterns[:-1]:
         remedy = 'Put "*" last: the first pattern that fits holds.'
         yield Complaint("method.ranks", shown(patterns[patterns.index("*") + 1]), 'patterns before "*"', remedy)
+    yield from _fedsa(draft)
     if method.server_optimizer == "none":
         return
     remedy = "Remove it, or the server optimiser: its moments mean nothing once the directions of the pairs have been turned."
@@ -391,6 +400,19 @@ def _aggregation(draft: Draft) -> Iterator[Complaint]:
         yield Complaint("method.aggregation", shown(method.aggregation), "fedit, with a server optimiser", remedy)
     elif method.ranks:
         yield Complaint("method.ranks", shown(next(iter(method.ranks))), "nothing, with a server optimiser", remedy)
+
+
+def _fedsa(draft: Draft) -> Iterator[Complaint]:
+    """What each device has of the model is known to nobody else."""
+    spec, method = draft.spec, draft.spec.method
+    if method.aggregation != "fedsa":
+        return
+    if method.ranks:
+        remedy = "Remove it: the directions of A are the devices' common ones, and each B has all of them."
+        yield Complaint("method.ranks", shown(next(iter(method.ranks))), "nothing, with aggregation = fedsa", remedy)
+    if draft.sound("evaluation.source") and spec.evaluation.source == "heldout":
+        remedy = "Set it to devices, each of which measures its own model, or choose another aggregation."
+        yield Complaint("evaluation.source", "heldout", "devices or none, with aggregation = fedsa", remedy)
 
 
 def _deft(draft: Draft) -> Iterator[Complaint]:
@@ -462,6 +484,22 @@ def _fedspine(draft: Draft) -> Iterator[Complaint]:
     if draft.sound(*paths) and spec.rounds.count < needed:
         remedy = "Raise it, or method.prune_step, or lower method.sparsity or method.recovery_rounds."
         yield Complaint("rounds.count", shown(spec.rounds.count), f"at least {needed}, to reach the sparsity before the recovery", remedy)
+
+
+def _fedara(draft: Draft) -> Iterator[Complaint]:
+    spec, method = draft.spec, draft.spec.method
+    path = "method.vote_threshold"
+    if draft.sets(path) and draft.sound(path, "method.arbitration") and method.arbitration != "vote":
+        remedy = 'Remove it, or set method.arbitration = "vote".'
+        yield Complaint(path, shown(method.vote_threshold), f"nothing, for arbitration = {shown(method.arbitration)}", remedy)
+    if draft.sound("method.warm_share", "method.final_share") and method.warm_share + method.final_share > 1:
+        given = "method.final_share" if draft.sets("method.final_share") else "method.warm_share"
+        shares = {"method.final_share": method.final_share, "method.warm_share": method.warm_share}
+        remedy = "Lower it, or the other of method.warm_share and method.final_share: together they are all rounds at the most."
+        yield Complaint(given, shown(shares[given]), f"at most {1 - (sum(shares.values()) - shares[given]):g}", remedy)
+    if spec.lora.init_adapter and draft.sound("lora.init_adapter"):
+        remedy = "Remove it: an adapter that PEFT saves is a product of two, and which part of it are the values cannot be told."
+        yield Complaint("lora.init_adapter", shown(spec.lora.init_adapter), "nothing, for fedara", remedy)
 
 
 def _evaluation(draft: Draft) -> Iterator[Complaint]:

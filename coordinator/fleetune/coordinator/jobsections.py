@@ -8,15 +8,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ModelTaskName = Literal["text-classification", "causal-lm", "seq2seq-lm"]
-MethodName = Literal["fedavg_lora", "deft", "auto", "fedspine", "echo"]
+MethodName = Literal["fedavg_lora", "deft", "auto", "fedspine", "fedara", "echo"]
 LayoutName = Literal["blocks", "depth", "data-parallel", "single", "auto"]
 PlanSolver = Literal["exact", "crunch-equal", "dual", "random-equal", "greedy-equal"]
 Payload = Literal["gradients", "deltas"]
 Trains = Literal["lora", "full"]
 SharedResource = Literal["ingress", "airtime"]
 Sharing = Literal["weights", "hard"]
-AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora"]
+AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "fedsa"]
 ArmChoice = Literal["bandit", "fixed"]
+Arbitration = Literal["score", "vote"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
 EvaluationSource = Literal["devices", "heldout", "none"]
 MetricName = Literal["accuracy", "macro_f1", "loss"]
@@ -181,8 +182,8 @@ class MethodSection(Section):
     name: MethodName = Field(
         default="fedavg_lora",
         description="Who trains what and how updates are folded. deft plans each round from what devices and links have shown; auto is "
-        "deft with layout auto. fedspine prunes the model while it is tuned. echo is a link test that needs no model, task, lora, data or "
-        "training.",
+        "deft with layout auto. fedspine prunes the model while it is tuned; fedara the adapters. echo is a link test that needs no model, "
+        "task, lora, data or training.",
     )
     layout: LayoutName = Field(
         default="blocks",
@@ -247,7 +248,7 @@ class MethodSection(Section):
         default=None,
         description="fedavg_lora: how the pairs of many devices become one. exact is the mean of their products, cut to lora.rank by an "
         "SVD; fedit the mean of each matrix by itself; zero-pad that of HetLoRA, weighted by norms; flexlora the exact mean with "
-        "orthonormal A; ffa trains B alone; rolora B and A in turn.",
+        "orthonormal A; ffa trains B alone; rolora B and A in turn; fedsa averages A alone, and B and head stay on each device.",
     )
     ranks: Annotated[Ranks, Words("a table of device name patterns and ranks")] = Field(
         default={},
@@ -299,6 +300,45 @@ class MethodSection(Section):
         le=65_536,
         description="fedspine: rows of its own on which a device measures its loss before and after a round.",
         json_schema_extra={"unit": "rows"},
+    )
+    ranks_end: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="fedara: the share of all ranks that is left in the end; lora.rank is what every module begins with.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    warm_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="fedara: the share of the rounds before any rank goes.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    final_share: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="fedara: the share of the rounds, the last ones, in which no rank goes any more.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    arbitration: Arbitration = Field(
+        default="score",
+        description="fedara: which ranks stay. score keeps those whose mean score over the devices is highest; vote those that enough "
+        "devices have among their own best.",
+    )
+    vote_threshold: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="fedara with arbitration by vote: the share of the devices' rows that a rank must have behind it to come first.",
+        json_schema_extra={"unit": "fraction"},
+    )
+    orthogonality: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="fedara: strength of the penalty on adapters whose ranks say the same as each other; AdaLoRA's usual is 0.1 to 0.5.",
     )
     proximal_mu: float = Field(
         default=0.0, ge=0, le=1000, description="FedProx: strength of the pull back to the round's global state; 0 is plain FedAvg."

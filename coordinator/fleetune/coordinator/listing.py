@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fleetune.coordinator.figures import bytes_text, count_text, duration_text, metric_text
-from fleetune.coordinator.watch import best_round, metric_of, state_style, state_word
+from fleetune.coordinator.watch import best_round, metric_of, state_style, state_word, work_text
 from fleetune.v1 import control_pb2 as pb
 from fleetune.v1 import registry_pb2
 
@@ -119,7 +119,7 @@ def _device_state(device: pb.DeviceView) -> Text:
     if not device.online:
         return Text("offline", style="yellow")
     if device.task_id:
-        return Text("at work", style="cyan")
+        return Text(work_text(device.task) if device.HasField("task") else "at work", style="cyan")
     if not device.availability.accepts_tasks:
         return Text(f"not now: {device.availability.reason}" if device.availability.reason else "not now", style="yellow")
     return Text("ready", style="green")

@@ -17,7 +17,7 @@ REFUSAL_PAUSE_S = 30.0
 """A device that refused a task is asked again after this, or as soon as it says that it accepts tasks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Greeting:
     """What an agent says of itself when it connects."""
 
@@ -35,9 +35,11 @@ class Greeting:
     reason: str = ""
     address: str = ""
     link: LinkFigures = field(default_factory=LinkFigures)
+    hardware: str = ""
+    """Its class of hardware."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Session:
     """One live control stream. Written only by the registry."""
 
@@ -136,7 +138,9 @@ class Registry:
     def candidates(self, needs: Needs, busy: Collection[str], now_s: float) -> tuple[Candidate, ...]:
         """Devices that are connected, willing, free and able to do `needs`."""
         return tuple(
-            Candidate(s.greeting.device_id, s.greeting.name, trains(s.greeting, needs), evaluates(s.greeting, needs), s.link)
+            Candidate(
+                s.greeting.device_id, s.greeting.name, trains(s.greeting, needs), evaluates(s.greeting, needs), s.link, s.greeting.hardware
+            )
             for s in self.sessions.values()
             if s.accepts_tasks
             and s.not_before_s <= now_s

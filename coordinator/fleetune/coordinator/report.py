@@ -17,6 +17,7 @@ from fleetune.coordinator.watch import (
     best_round,
     metric_name,
     metric_of,
+    notes_of,
     problem_text,
     rounds_table,
     state_style,
@@ -165,6 +166,10 @@ def report(job: pb.JobView, *, now_unix_s: float, width: int) -> RenderableType:
     if job.tasks_since_round:
         note = f"what each device did is told from round {job.tasks_since_round} on; the job has more rounds than an answer holds in full"
         parts += [Text(note, style="dim")]
+    limited = {task.device_name: (item.round, text) for item in job.history for task in item.tasks for text in notes_of([task])}
+    if limited:
+        parts += [Text(), Text("devices whose memory chose for them, as of the last such round", style="bold")]
+        parts += [Text(f"  round {number}: {text}") for number, text in list(limited.values())[:20]]
     problems = [(item.round, text) for item in job.history for task in item.tasks if (text := problem_text(task))]
     if problems:
         parts += [Text(), Text(f"{count_text(len(problems), 'device task')} without a result", style="bold")]

@@ -28,10 +28,16 @@ WIDTH_MAX = 104
 WIDE = 100
 """From here on there is room for what is nice to have."""
 
+NOTES_SHOWN = 2
+"""Lines below the devices on why they were not free to choose."""
+
 REFRESH_S = 0.25
 
 LATE = 1.15
 """Times of the predicted end from which an end is shown as late."""
+
+NEWCOMERS_MAX = 4
+"""So many of those that are measured beside the rounds are named; the rest is counted."""
 
 _STATE_STYLES = {
     pb.JOB_STATE_QUEUED: "yellow",
@@ -152,6 +158,8 @@ def render(job: pb.JobView, *, now_unix_s: float, width: int, height: int = 40, 
         parts += [Text(), _planned_devices(tasks, tasks_max, width, job), Text(plan_text(job.current.plan, job.blocks), style="dim")]
     elif tasks:
         parts += [Text(), _devices(tasks, tasks_max, width)]
+    if newcomers := newcomers_text(job):
+        parts.append(Text(newcomers, style="dim"))
     parts += list(_problems(tasks))
     if job.history:
         parts += [Text(), rounds_table(job, width=width, last=rounds_max)]
@@ -272,6 +280,8 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
         pad_edge=False,
         padding=(0, 2, 0, 0),
     )
+    notes = notes_of(tasks)[:NOTES_SHOWN] if rows_max > 2 * NOTES_SHOWN else []
+    rows_max -= len(notes)
     shown = list(tasks) if len(tasks) <= rows_max else _most_telling(tasks, rows_max - 1)
     for task in shown:
         doing, style = _doing(task)
@@ -285,10 +295,17 @@ def _devices(tasks: Sequence[pb.DeviceTask], rows_max: int, width: int) -> Rende
             f"{task.samples:,}" if task.samples else "-",
             *([cut_text(task), f"{task.pruning.rank}" if task.HasField("pruning") else "-"] if prunes else []),
         )
-    if len(shown) == len(tasks):
-        return table
-    hidden = [task for task in tasks if not any(task is other for other in shown)]
-    return Group(table, Text(f"and {len(hidden)} more: {_tally(hidden)}", style="dim"))
+    below: list[RenderableType] = []
+    if len(shown) < len(tasks):
+        hidden = [task for task in tasks if not any(task is other for other in shown)]
+        below.append(Text(f"and {len(hidden)} more: {_tally(hidden)}", style="dim"))
+    below += [Text(text, style="yellow", no_wrap=True, overflow="ellipsis") for text in notes]
+    return Group(table, *below) if below else table
+
+
+def notes_of(tasks: Sequence[pb.DeviceTask]) -> list[str]:
+    """Why devices were not free to choose what they prune, a line each."""
+    return [f"{task.device_name}: {task.pruning.note}" for task in tasks if task.pruning.note]
 
 
 def cut_text(task: pb.DeviceTask) -> str:
@@ -418,6 +435,20 @@ def _doing(task: pb.DeviceTask) -> tuple[str, str]:
     return word, "dim" if word == "queued" else "cyan"
 
 
+def work_text(task: pb.DeviceTask) -> str:
+    """What a device is at and how far it is, in few words: "measuring 40%", "loading"."""
+    word = _doing(task)[0]
+    return f"{word} {min(1.0, task.done / task.total):.0%}" if task.total and task.done else word
+
+
+def newcomers_text(job: pb.JobView) -> str:
+    """Who is being measured for later plans, or an empty string."""
+    found = sorted(job.newcomers, key=by_name)
+    parts = [f"{task.device_name} {work_text(task)}" for task in found[:NEWCOMERS_MAX]]
+    more = f" and {len(found) - NEWCOMERS_MAX} more" if len(found) > NEWCOMERS_MAX else ""
+    return f"for a later plan: {', '.join(parts)}{more}" if parts else ""
+
+
 def _task_bar(task: pb.DeviceTask, width: int) -> RenderableType:
     if task.state != pb.DEVICE_TASK_STATE_ASSIGNED or not task.total or not task.online:
         return Text("")
@@ -471,7 +502,9 @@ def rounds_table(job: pb.JobView, *, width: int, last: int | None = None) -> Ren
         columns.append(Column("eval loss", justify="right", no_wrap=True))
     if has_metric:
         columns.append(Column(name.replace("_", " "), justify="right", no_wrap=True))
-    columns += [Column(head, justify="right", no_wrap=True) for head in ("up", "down", "time")]
+    has_ranks = any(ranks_text(item) for item in job.history)
+    heads = ("ranks", "modules", "up", "down", "time") if has_ranks else ("up", "down", "time")
+    columns += [Column(head, justify="right", no_wrap=True) for head in heads]
     columns.append(Column("", no_wrap=True))
     table = Table(*columns, box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     shown = list(job.history) if last is None else list(job.history)[-last:]
@@ -479,7 +512,7 @@ def rounds_table(job: pb.JobView, *, width: int, last: int | None = None) -> Ren
         cells = ["start", "", ""]
         cells += [loss_text(metric_of(job.initial_metrics, "loss"))] if has_loss else []
         cells += [metric_text(name, metric_of(job.initial_metrics, name))] if has_metric else []
-        table.add_row(*cells, "", "", "", "", style="dim")
+        table.add_row(*cells, *([""] * (len(columns) - len(cells))), style="dim")
     hidden = len(job.history) - len(shown)
     if hidden:
         table.add_row("...", *([""] * (len(columns) - 1)), style="dim")
@@ -490,10 +523,16 @@ def rounds_table(job: pb.JobView, *, width: int, last: int | None = None) -> Ren
         cells = [str(item.round), devices, loss_text(item.train_loss if item.HasField("train_loss") else None)]
         cells += [loss_text(metric_of(item.metrics, "loss"))] if has_loss else []
         cells += [metric_text(name, metric_of(item.metrics, name))] if has_metric else []
+        cells += [_count_of(item, "triplets"), _count_of(item, "modules")] if has_ranks else []
         cells += [bytes_text(item.upload_bytes), bytes_text(item.download_bytes), duration_text(item.ended_unix_s - item.started_unix_s)]
         note = " ".join(part for part in ("best" if best else "", f"{item.updates_late} late" if item.updates_late else "") if part)
         table.add_row(*cells, Text(note, style="green" if best else "yellow"), style="bold" if best else "")
     return table
+
+
+def _count_of(item: pb.RoundView, name: str) -> str:
+    found = metric_of(item.fold_metrics, name)
+    return f"{found:,.0f}" if found is not None else "-"
 
 
 def _totals(job: pb.JobView) -> RenderableType:
@@ -523,6 +562,7 @@ class Announcer:
         self._initial = False
         self._measured = 0
         self._problems: set[str] = set()
+        self._newcomers: set[str] = set()
 
     def lines(self, job: pb.JobView) -> list[str]:
         """What is new in `job` since the last call."""
@@ -539,6 +579,12 @@ class Announcer:
         if job.HasField("current") and not ended and job.current.tasks:
             said += self._start(job, job.current)
             said += self._trouble(job.current)
+        said += [
+            f"{task.device_name} came later: measured beside the rounds"
+            for task in sorted(job.newcomers, key=by_name)
+            if task.device_name not in self._newcomers
+        ]
+        self._newcomers.update(task.device_name for task in job.newcomers)
         if (job.state != self._state or job.message != self._message) and not ended and (job.state != pb.JOB_STATE_RUNNING or job.message):
             said.append(f"{state_word(job.state)}" + (f": {job.message}" if job.message else ""))
         if ended and self._state != job.state:
@@ -555,6 +601,7 @@ class Announcer:
         self._started = current.round
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         said = [f"round {current.round}/{job.rounds_total} started on {count_text(len(names), 'device')}: {shown}"]
+        said += [f"round {current.round}: {text}" for text in notes_of(trained_by(current))]
         if current.HasField("plan"):
             parts = [
                 f"{task.device_name} {blocks_text(task.plan.depths, job.blocks)}"
@@ -590,6 +637,8 @@ class Announcer:
             parts.append(_measures(job, item.metrics))
         if error := aggregation_text(item):
             parts.append(error)
+        if left := ranks_text(item):
+            parts.append(left)
         parts += [f"up {bytes_text(item.upload_bytes)}", f"down {bytes_text(item.download_bytes)}"]
         parts.append(duration_text(item.ended_unix_s - item.started_unix_s))
         if cut := [task.pruning.sparsity_after for task in item.tasks if task.pruning.HasField("sparsity_after")]:
@@ -599,6 +648,12 @@ class Announcer:
         if job.HasField("remaining_s") and item.round == job.rounds_committed and job.state not in _ENDED:
             parts.append(f"about {duration_text(job.remaining_s)} left")
         return [*said, f"round {item.round}/{job.rounds_total} committed: " + ", ".join(parts)]
+
+
+def ranks_text(item: pb.RoundView) -> str:
+    """What the round has left of adapters that lose ranks: "26 ranks in 9 modules"; empty where they keep them."""
+    ranks, modules = (metric_of(item.fold_metrics, name) for name in ("triplets", "modules"))
+    return f"{count_text(int(ranks), 'rank')} in {count_text(int(modules), 'module')}" if ranks is not None and modules is not None else ""
 
 
 def aggregation_text(item: pb.RoundView) -> str:

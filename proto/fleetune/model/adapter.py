@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
 
 from fleetune.errors import ModelError
@@ -145,8 +146,13 @@ def write_config(path: Path, adapted: AdaptedModel, base_name: str) -> None:
 
     `base_name` is a hub id; where it is empty the base's public name stands, never a path.
     """
-    config = adapted.model.peft_config[ADAPTER].to_dict()
-    config["base_model_name_or_path"] = base_name or adapted.public_name
+    write_peft_config(path, adapted.model.peft_config[ADAPTER], base_name or adapted.public_name)
+
+
+def write_peft_config(path: Path, settings: peft.PeftConfig, base_name: str) -> None:
+    """As `write_config`, of settings that no model has yet."""
+    config = settings.to_dict()
+    config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"

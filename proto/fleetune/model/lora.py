@@ -82,7 +82,7 @@ def attach(base: LoadedBase, recipe: Recipe, accelerator: Accelerator) -> Adapte
 
     Raises ModelError for a target that the model does not have, with the names that it has.
     """
-    config = _lora_config(base, recipe, recipe.lora) if recipe.lora is not None else _layers_config(base, recipe)
+    config = lora_config(base, recipe, recipe.lora) if recipe.lora is not None else _layers_config(base, recipe)
     with warnings.catch_warnings():
         # Where Linear and Conv1D targets are mixed PEFT corrects fan_in_fan_out per layer and warns each time.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -105,8 +105,9 @@ def attach(base: LoadedBase, recipe: Recipe, accelerator: Accelerator) -> Adapte
     return AdaptedModel(model, base.tokenizer, _registry(model), recipe, accelerator, base.public_name)
 
 
-def _lora_config(base: LoadedBase, recipe: Recipe, wanted: Lora) -> peft.LoraConfig:
-    targeted = _targeted_modules(base.model, base.head, wanted)
+def lora_config(base: LoadedBase, recipe: Recipe, wanted: Lora) -> peft.LoraConfig:
+    """PEFT's settings of such an adapter. ModelError for a target that the model does not have."""
+    targeted = targeted_modules(base.model, base.head, wanted)
     inside_head = sorted(name for name in targeted if _is_inside(name, base.head))
     outside = {name: module for name, module in targeted.items() if name not in inside_head}
     return peft.LoraConfig(
@@ -170,7 +171,7 @@ def _target_names(model: Model, wanted: Lora) -> tuple[str, ...]:
     return tuple(usual)
 
 
-def _targeted_modules(model: Model, head: tuple[str, ...], wanted: Lora) -> Mapping[str, torch.nn.Module]:
+def targeted_modules(model: Model, head: tuple[str, ...], wanted: Lora) -> Mapping[str, torch.nn.Module]:
     """Full names of the modules that get a LoRA pair. A target matches a whole name or its ending after a dot, as in PEFT."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _TARGETABLE)}
     found: dict[str, torch.nn.Module] = {}
@@ -211,7 +212,12 @@ def _feed_heads_float32(model: Model) -> None:
         if isinstance(module, peft.utils.other.ModulesToSaveWrapper):
             trained = module.modules_to_save[ADAPTER]
             if any(p.dtype != torch.float32 for p in module.original_module.parameters()):
-                trained.register_forward_pre_hook(_widen, with_kwargs=True)
+                widen_inputs(trained)
+
+
+def widen_inputs(module: torch.nn.Module) -> None:
+    """From now on what flows into the module is float32."""
+    module.register_forward_pre_hook(_widen, with_kwargs=True)
 
 
 def _widen(_: torch.nn.Module, positional: tuple[object, ...], named: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:

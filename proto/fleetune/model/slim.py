@@ -42,6 +42,12 @@ class Slim:
         self._expected = {entry.name: torch.empty_like(entry.parameter, device="meta") for entry in adapted.trainables}
 
     @property
+    def numbers_per_rank(self) -> int:
+        """How many numbers a unit of rank is in the pairs of the whole model."""
+        pairs = [tensor for name, tensor in self._expected.items() if name.endswith((*_RIGHT, *_LEFT))]
+        return sum(tensor.numel() for tensor in pairs) // self._full_rank
+
+    @property
     def structure(self) -> Structure:
         return self.pruned.structure
 

@@ -14,8 +14,9 @@ triplet is gone: its row of A, its number in E and its column of B take no memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +25,9 @@ from fleetune.model import slices
 from fleetune.model.bases import Model
 
 SPREAD = 0.02
+Zero = Literal["values", "left"]
+"""The factor that begins at zero."""
+
 SMOOTH = 0.85
 UNCERTAIN = 0.85
 
@@ -31,24 +35,46 @@ UNCERTAIN = 0.85
 class SvdLinear(torch.nn.Module):
     """A frozen linear layer with triplets beside it."""
 
-    def __init__(self, base: torch.nn.Linear, rank: int, scale: float, generator: torch.Generator | None = None) -> None:
-        """`values` begin at zero, so that the model is what it was; `left` and `right` at random, alike on all devices by being sent."""
+    def __init__(
+        self,
+        base: torch.nn.Linear,
+        rank: int,
+        scale: float,
+        generator: torch.Generator | None = None,
+        dropout: float = 0.0,
+        zero: Zero = "values",
+    ) -> None:
+        """One factor begins at zero, so that the model is what it was; what begins at random is alike on all devices by being sent.
+
+        With `values` at zero, as in AdaLoRA, `left` and `right` are small random numbers. With `left` at zero `values` are ones and `right`
+        is as large as LoRA makes it: then the first steps are LoRA's own, where else the product of three small factors takes many to
+        become of any size. `dropout` is the chance that an input element of the adapter, not of the layer, is dropped while training.
+        """
         super().__init__()
         if rank < 1:
             raise ModelError(f"A triplet adapter has the rank {rank}; at least 1 is needed.", "Take the module away instead.")
         self.base_layer = base
         self.scale = scale
+        self.dropout = dropout
         device = base.weight.device
-        self.right = torch.nn.Parameter((torch.randn(rank, base.in_features, generator=generator) * SPREAD).to(device))
-        self.left = torch.nn.Parameter((torch.randn(base.out_features, rank, generator=generator) * SPREAD).to(device))
-        self.values = torch.nn.Parameter(torch.zeros(rank, device=device))
+        if zero == "values":
+            right = torch.randn(rank, base.in_features, generator=generator) * SPREAD
+            left = torch.randn(base.out_features, rank, generator=generator) * SPREAD
+            values = torch.zeros(rank)
+        else:
+            right = (2.0 * torch.rand(rank, base.in_features, generator=generator) - 1.0) / math.sqrt(base.in_features)
+            left, values = torch.zeros(base.out_features, rank), torch.ones(rank)
+        self.right, self.left, self.values = (torch.nn.Parameter(factor.to(device)) for factor in (right, left, values))
 
     @property
     def rank(self) -> int:
         return self.values.shape[0]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        narrow = torch.nn.functional.linear(inputs.to(self.right.dtype), self.right) * (self.values * self.scale)
+        taken = inputs.to(self.right.dtype)
+        if self.dropout > 0:
+            taken = torch.nn.functional.dropout(taken, self.dropout, self.training)
+        narrow = torch.nn.functional.linear(taken, self.right) * (self.values * self.scale)
         base: torch.Tensor = self.base_layer(inputs)
         return base + torch.nn.functional.linear(narrow, self.left).to(base.dtype)
 

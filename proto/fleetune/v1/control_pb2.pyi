@@ -346,6 +346,7 @@ class TaskPruning(_message.Message):
     SPARSITY_AFTER_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     PACE_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     sparsity_before: _builtins.float
     """Shares of heads and neurons that are cut, 0 to 1: when the round began, as told for its end, and as the device's update has it."""
     sparsity_told: _builtins.float
@@ -353,6 +354,8 @@ class TaskPruning(_message.Message):
     rank: _builtins.int
     pace: _builtins.float
     """Of what the round may cut, 0 to 1."""
+    note: _builtins.str
+    """Why the device was not free to choose, for a person: its memory is short."""
     def __init__(
         self,
         *,
@@ -361,10 +364,11 @@ class TaskPruning(_message.Message):
         sparsity_after: _builtins.float | None = ...,
         rank: _builtins.int = ...,
         pace: _builtins.float = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after", "sparsity_after", b"sparsity_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after", "pace", b"pace", "rank", b"rank", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "sparsity_told", b"sparsity_told"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after", "note", b"note", "pace", b"pace", "rank", b"rank", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "sparsity_told", b"sparsity_told"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sparsity_after: _TypeAlias = _typing.Literal["sparsity_after"]  # noqa: Y015
     _WhichOneofArgType__sparsity_after: _TypeAlias = _typing.Literal["_sparsity_after", b"_sparsity_after"]  # noqa: Y015
@@ -639,6 +643,7 @@ class JobView(_message.Message):
     DEVICES_MINIMUM_FIELD_NUMBER: _builtins.int
     TASKS_SINCE_ROUND_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    NEWCOMERS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     state: Global___JobState.ValueType
@@ -685,6 +690,10 @@ class JobView(_message.Message):
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the model's blocks by depth, the first next to the loss; only in jobs that plan."""
 
+    @_builtins.property
+    def newcomers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceTask]:
+        """Devices that came later and tell how fast they train while the round goes on without them; the next plan knows of them."""
+
     def __init__(
         self,
         *,
@@ -715,10 +724,11 @@ class JobView(_message.Message):
         devices_minimum: _builtins.int = ...,
         tasks_since_round: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.str] | None = ...,
+        newcomers: _abc.Iterable[Global___DeviceTask] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "current", b"current", "failure", b"failure", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "blocks", b"blocks", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "tasks_since_round", b"tasks_since_round", "upload_bytes", b"upload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s", "adapter_folder", b"adapter_folder", "base", b"base", "best_round", b"best_round", "blocks", b"blocks", "current", b"current", "devices_minimum", b"devices_minimum", "download_bytes", b"download_bytes", "ended_unix_s", b"ended_unix_s", "failed_device", b"failed_device", "failure", b"failure", "history", b"history", "initial_metrics", b"initial_metrics", "job_id", b"job_id", "job_toml", b"job_toml", "message", b"message", "method", b"method", "metric", b"metric", "model_task", b"model_task", "name", b"name", "newcomers", b"newcomers", "remaining_s", b"remaining_s", "rounds_committed", b"rounds_committed", "rounds_total", b"rounds_total", "started_unix_s", b"started_unix_s", "state", b"state", "submitted_unix_s", b"submitted_unix_s", "tasks_since_round", b"tasks_since_round", "upload_bytes", b"upload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__remaining_s: _TypeAlias = _typing.Literal["remaining_s"]  # noqa: Y015
     _WhichOneofArgType__remaining_s: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s"]  # noqa: Y015
@@ -1002,6 +1012,7 @@ class DeviceView(_message.Message):
     LINK_FIELD_NUMBER: _builtins.int
     FIGURES_FIELD_NUMBER: _builtins.int
     FIGURES_JOB_ID_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     name: _builtins.str
     online: _builtins.bool
@@ -1045,6 +1056,10 @@ class DeviceView(_message.Message):
     def figures(self) -> _messages_pb2.Figures:
         """What it costs this device to train on the model of the newest job that has asked; absent where none has."""
 
+    @_builtins.property
+    def task(self) -> Global___DeviceTask:
+        """What it is at with `task_id`, as its job knows; absent where no open job has that task."""
+
     def __init__(
         self,
         *,
@@ -1071,10 +1086,11 @@ class DeviceView(_message.Message):
         link: _messages_pb2.Link | None = ...,
         figures: _messages_pb2.Figures | None = ...,
         figures_job_id: _builtins.str = ...,
+        task: Global___DeviceTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "figures", b"figures", "link", b"link", "profile", b"profile", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["availability", b"availability", "figures", b"figures", "link", b"link", "profile", b"profile", "task", b"task", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "certificate_until_unix_s", b"certificate_until_unix_s", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "figures", b"figures", "figures_job_id", b"figures_job_id", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "link", b"link", "name", b"name", "online", b"online", "profile", b"profile", "quarantine", b"quarantine", "revoked", b"revoked", "tags", b"tags", "task_id", b"task_id", "telemetry", b"telemetry", "train_data_names", b"train_data_names", "updates_accepted", b"updates_accepted", "validation_data_names", b"validation_data_names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "availability", b"availability", "certificate_until_unix_s", b"certificate_until_unix_s", "data_names", b"data_names", "device_id", b"device_id", "failures", b"failures", "figures", b"figures", "figures_job_id", b"figures_job_id", "last_failure", b"last_failure", "last_seen_unix_s", b"last_seen_unix_s", "link", b"link", "name", b"name", "online", b"online", "profile", b"profile", "quarantine", b"quarantine", "revoked", b"revoked", "tags", b"tags", "task", b"task", "task_id", b"task_id", "telemetry", b"telemetry", "train_data_names", b"train_data_names", "updates_accepted", b"updates_accepted", "validation_data_names", b"validation_data_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

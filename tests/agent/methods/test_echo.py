@@ -77,7 +77,7 @@ def test_every_method_of_the_table_trains_and_evaluates() -> None:
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match="echo, fedavg_lora"):
+    with pytest.raises(UnsupportedError, match="deft, echo, fedara, fedavg_lora, fedspine"):
         table.load("fedsgd")
 
 

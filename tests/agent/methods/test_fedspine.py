@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fleetune import architectures, sparsity, structures
+from fleetune import architectures, importances, sparsity, structures
 from fleetune.agent.methods import fedavg_lora, fedspine
 from fleetune.agent.methods.work import DataFile, DeviceData, Limits, Work
 from fleetune.agent.trainer import data, loop
@@ -263,7 +263,29 @@ def test_the_report_tells_what_happened(device: Device) -> None:
         "loss": report.mean_loss, "loss_before": report.loss_before, "loss_after": report.loss_after, "update_norm": report.update_norm,
         "step_s": report.step_s, "steps": report.steps, "sparsity": structures.sparsity(device.layout, done.structure),
     }  # fmt: skip
+    memory = {name: done.metrics.pop(name) for name in ("peak_bytes", "room_bytes", "prunable_bytes", "rank_bytes")}
     assert done.metrics == pytest.approx(expected)
+    assert memory["prunable_bytes"] == 4 * device.layout.prunable_parameters
+    pairs = sum(tensor.numel() for name, tensor in load_file(device.state).items() if ".lora_" in name)
+    assert memory["rank_bytes"] == 16 * pairs / RANK
+    assert min(memory.values()) > 0
+
+
+def test_importance_is_told_where_it_is_asked_for_and_known(device: Device) -> None:
+    task = payload(after=0.25)
+    assert "fleetune.importance" not in trained(device, task).metadata
+    task.importance = True
+    begin_anew()
+    done = trained(device, task)
+    scores = importances.from_text(device.layout, done.metadata["fleetune.importance"])
+    for group, bits, values in zip(device.layout.groups, done.structure.kept, scores, strict=True):
+        assert max(values) == 1.0
+        assert not any(values[unit] for unit in set(range(group.units)) - set(structures.units(bits)))
+    later = payload(before=0.25, after=0.25, structure=structures.to_bytes(device.layout, done.structure))
+    later.importance = True
+    assert trained(device, later, number=2).metadata["fleetune.importance"] == done.metadata["fleetune.importance"], "in recovery, too"
+    begin_anew()
+    assert "fleetune.importance" not in trained(device, later, number=3).metadata, "a new process does not know it"
 
 
 def test_the_update_norm_is_that_of_the_products(device: Device) -> None:

@@ -38,7 +38,7 @@ class Child:
 async def child(monkeypatch: pytest.MonkeyPatch) -> Child:
     made = Child("")
 
-    def spawn(_: str) -> Child:
+    def spawn(_: str, *, environment: Mapping[str, str]) -> Child:
         return made
 
     monkeypatch.setattr(host, "ChildProcess", spawn)

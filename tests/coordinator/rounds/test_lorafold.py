@@ -118,6 +118,38 @@ def test_the_order_of_arrival_changes_no_byte(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
+def test_updates_of_other_ranks_types_and_orders_count_by_their_names(tmp_path: Path) -> None:
+    """One sends rank 4 where 6 was ordered and in half precision, one in bfloat16 with its tensors in another order."""
+    base = state_of(7)
+    low, other = update_of(1, "a", 4, base), update_of(2, "b", 6, base)
+    half = {name: array.astype(np.float16) for name, array in low[2].items()}
+    brain = {name: array.astype(tensors.DTYPES["BF16"]) for name, array in other[2].items()}
+    start = tensors.write(tmp_path / "base", base, {"format": "pt"})
+    first = tensors.write(tmp_path / "u-a", half, {KIND_KEY: "delta"})
+    second = shuffled(tmp_path / "u-b", brain, {KIND_KEY: "delta"})
+    leeway = Leeway(RANK)
+    for path in (first, second):
+        assert aggregate.inspect(path, codec.read_table(start), leeway=leeway).finite
+    lorafold.fold(FoldPlan(start, (Contribution("a", first, 11), Contribution("b", second, 12)), tmp_path / "out"), RULE)
+    updates = [(name, weight, sent, metadata) for (name, weight, _, metadata), sent in zip((low, other), (half, brain), strict=True)]
+    after = tensors.read(tmp_path / "out")
+    for module in MODULES:
+        expected = best(dense(base, updates, module))
+        assert np.linalg.norm(product(after, module) - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def shuffled(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Path:
+    """A tensor file whose data lie in the reverse order of their names."""
+    specs: list[codec.TensorSpec] = []
+    begin = 0
+    for name in sorted(arrays, reverse=True):
+        array = arrays[name]
+        specs.append(codec.TensorSpec(name, tensors.WORDS[array.dtype], array.shape, begin, begin + array.nbytes))
+        begin += array.nbytes
+    path.write_bytes(codec.build_header(specs, metadata) + b"".join(arrays[spec.name].tobytes() for spec in specs))
+    return path
+
+
 @pytest.mark.parametrize("aggregation", sorted(RULES))
 def test_every_rule_folds_to_the_same_bytes_again(tmp_path: Path, aggregation: Aggregation) -> None:
     rule = replace(RULE, aggregation=aggregation)

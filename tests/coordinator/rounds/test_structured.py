@@ -7,11 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from fleetune import architectures, sparsity, structures
+from fleetune import architectures, importances, sparsity, structures
 from fleetune.coordinator.lora.factors import Factors, Matrix, Part
 from fleetune.coordinator.lora.means import ProductMean
 from fleetune.coordinator.rounds import structured
+from fleetune.errors import WireError
 from fleetune.structures import Structure
+from fleetune.wire import codec
 
 LAYOUT = architectures.layout(
     {
@@ -88,3 +90,14 @@ def test_a_pair_shrinks_on_one_side_alone() -> None:
 
 def test_heads_that_are_trained_whole_are_nobody_s_to_cut() -> None:
     assert structured.kept(LAYOUT, kept(0.5, 1), "base_model.model.score.weight") is None
+
+
+def test_importance_in_an_update_is_of_its_layout_or_refused() -> None:
+    def told(word: str) -> codec.TensorTable:
+        return codec.TensorTable((), {structured.IMPORTANCE_KEY: word} if word else {}, 0, 0)
+
+    word = importances.to_text([[1.0] * group.units for group in LAYOUT.groups])
+    assert structured.importance_of(told(word), LAYOUT) == word
+    assert structured.importance_of(told(""), LAYOUT) == ""
+    with pytest.raises(WireError, match="importance of units is refused"):
+        structured.importance_of(told(word[:-8]), LAYOUT)

@@ -124,6 +124,26 @@ async def test_an_idle_device_takes_over_from_one_that_fails(tmp_path: Path) -> 
     assert [str(violation) for violation in reader.examine(tmp_path)] == []
 
 
+async def test_who_is_measured_beside_a_round_is_told_with_how_far_it_is(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as coordinator, contextlib.AsyncExitStack() as stack:
+        agents = [await stack.enter_async_context(PlannedAgent(coordinator.address, name)) for name in "ab"]
+        job = await coordinator.submit(planned_agent.job(tmp_path, rounds=2, minimum=2))
+        await measured(agents)
+        await coordinator.until(job, is_training)
+        late = await stack.enter_async_context(PlannedAgent(coordinator.address, "late"))
+        task = await late.next_task()
+        await late.say(heartbeat=fleet_pb2.Heartbeat(sequence=1, task_id=task.task_id))
+        stage = fleet_pb2.TASK_STAGE_MEASURING
+        await late.say(progress=fleet_pb2.TaskProgress(task_id=task.task_id, lease=task.lease, stage=stage, done=2, total=5))
+        await coordinator.until(job, lambda job: task.task_id in job.progress and job.progress[task.task_id].done == 2)
+        view = (await coordinator.control.GetJob(control_pb2.GetJobRequest(job_id=job.job_id))).job
+        assert [(one.device_name, one.stage, one.done, one.total) for one in view.newcomers] == [("late", stage, 2, 5)]
+        assert {one.device_name for one in view.current.tasks} == {"a", "b"}, "nobody waits for it"
+        devices = (await coordinator.control.ListDevices(control_pb2.ListDevicesRequest())).devices
+        (own,) = (device.task for device in devices if device.name == "late")
+        assert (own.kind, own.stage, own.done) == (messages_pb2.TASK_KIND_MEASURE, stage, 2)
+
+
 async def test_a_coordinator_that_is_killed_while_devices_measure_goes_on_with_them(tmp_path: Path) -> None:
     toml = planned_agent.job(tmp_path, rounds=1, minimum=4)
     async with coordinating(tmp_path) as coordinator, contextlib.AsyncExitStack() as stack:

@@ -15,6 +15,8 @@ another state's gradients would be wrong and would have to travel.
 | mu | `proximal_mu` |
 | r_i, s_i | `rank`, `scale`: this device's own, of the state's first directions |
 
+With `personal` (FedSA-LoRA) B and the head are this device's own: `personal.py` keeps them, A alone is sent.
+
 Siblings: proto/fleetune/methods/v1/fedavg_lora.proto, coordinator/fleetune/coordinator/methods/fedavg_lora.py.
 """
 
@@ -29,9 +31,9 @@ from pathlib import Path
 import torch
 
 from fleetune import schedule
-from fleetune.agent.methods import evaluating, inputs, updates
+from fleetune.agent.methods import evaluating, inputs, personal, updates
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
-from fleetune.agent.trainer import loop
+from fleetune.agent.trainer import data, loop
 from fleetune.child.entry import Emit
 from fleetune.errors import UnsupportedError
 from fleetune.methods.v1 import fedavg_lora_pb2
@@ -49,13 +51,19 @@ def train(work: Work, emit: Emit) -> Trained:
     task = _payload(work)
     started = time.monotonic()
     session, examples, out_path = inputs.loaded(work, emit)
+    if task.personal:
+        personal.recall(_keep_folder(work), work.task.job_id, session.adapted, int(work.task.round), emit)
     with ranks.narrowed(session.adapted, int(task.rank), task.scale, _side(task)) as adapted:
         anchors = [parameter.detach().clone() for parameter in adapted.parameters]
         loaded = time.monotonic()
         plan = _plan(task, work, len(examples))
         outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs())
         trained = time.monotonic()
-        written, norm = write_delta(out_path, adapted, anchors, task.update_dtype, {SCALE_KEY: repr(task.scale)} if task.scale else None)
+        metadata = {SCALE_KEY: repr(task.scale)} if task.scale else None
+        written, norm = write_delta(out_path, adapted, anchors, task.update_dtype, metadata, only_shared=task.personal)
+    if task.personal:
+        # Before the update can be sent: what is counted was kept.
+        personal.keep(_keep_folder(work), work.task.job_id, session.adapted, int(work.task.round))
     report = messages_pb2.UpdateReport(samples=outcome.samples, peak_rss_bytes=peak_rss_bytes())
     report.metrics.add(name="loss", value=outcome.mean_loss)
     for name, seconds in (("load", loaded - started), ("train", trained - loaded), ("write", time.monotonic() - trained)):
@@ -74,8 +82,22 @@ def train(work: Work, emit: Emit) -> Trained:
 
 
 def evaluate(work: Work, emit: Emit) -> messages_pb2.Evaluation:
-    """The state's metrics on the device's own validation rows."""
-    return evaluating.evaluate(work, emit)
+    """The state's metrics on the device's own validation rows; with what of the model is its own, in jobs in which some of it is."""
+    if not (work.task.HasField("payload") and _payload(work).personal):
+        return evaluating.evaluate(work, emit)
+
+    def loaded(work: Work, emit: Emit) -> data.Session:
+        session = evaluating.whole(work, emit)
+        personal.recall(_keep_folder(work), work.task.job_id, session.adapted, int(work.task.round) + 1, emit)
+        return session
+
+    return evaluating.evaluate(work, emit, loaded)
+
+
+def _keep_folder(work: Work) -> Path:
+    if work.keep_folder is None:
+        raise UnsupportedError("The task keeps a part of the model on the device, and no folder is given for it.", "Update the agent.")
+    return work.keep_folder
 
 
 def _payload(work: Work) -> fedavg_lora_pb2.FedavgLoraTask:
@@ -130,9 +152,17 @@ def _plan(task: fedavg_lora_pb2.FedavgLoraTask, work: Work, rows: int) -> loop.P
 
 
 def write_delta(
-    path: Path, adapted: AdaptedModel, anchors: list[torch.Tensor], update_dtype: str, metadata: Mapping[str, str] | None = None
+    path: Path,
+    adapted: AdaptedModel,
+    anchors: list[torch.Tensor],
+    update_dtype: str,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    only_shared: bool = False,
 ) -> tuple[adapter.WrittenFile, float]:
-    """The update file of how the model has moved from `anchors`, and the Euclidean norm of that before it is narrowed."""
-    pairs = zip(adapted.trainables, anchors, strict=True)
+    """The update file of how the model, or only A of its pairs, has moved from `anchors`, and the Euclidean norm of that before it is
+    narrowed."""
+    both = zip(adapted.trainables, anchors, strict=True)
+    pairs = ((trainable, anchor) for trainable, anchor in both if not only_shared or personal.is_shared(trainable.name))
     deltas = ((trainable.name, trainable.parameter.detach() - anchor) for trainable, anchor in pairs)
     return updates.write(path, deltas, "delta", update_dtype, metadata)

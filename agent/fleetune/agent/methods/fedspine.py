@@ -35,8 +35,9 @@ from pathlib import Path
 
 import torch
 
-from fleetune import architectures, schedule, sparsity, structures
+from fleetune import architectures, importances, schedule, sparsity, structures
 from fleetune.agent.methods import evaluating, inputs, updates
+from fleetune.agent.methods.memory import MemoryWatch
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
 from fleetune.agent.trainer import data, loop
 from fleetune.child.entry import Emit
@@ -56,6 +57,9 @@ SPARSITY_MAX = 0.95
 SCALE_KEY = "fleetune.lora_scale"
 STRUCTURE_KEY = "fleetune.structure"
 """In the update's metadata: hex of what the model has left, which is what the shapes of its tensors follow."""
+
+IMPORTANCE_KEY = "fleetune.importance"
+"""There, too, where the task asks for it: how much each head and neuron matters."""
 
 DEADLINE_SHARE = 0.8
 """Of the task's deadline, after which no step begins: the rest is for measuring, writing and sending."""
@@ -112,15 +116,20 @@ def _trained(
     batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
     measured = _probe(slim, items, int(task.probe_rows) or DEFAULT_PROBE_ROWS, batch_rows)
     loss_before = measured()
+    memory = MemoryWatch(slim, work.limits)
     # What a row keeps is measured anew: it falls with the structure and the rank.
     outcome = loop.train(slim.adapted, items, _plan(task, work, len(items), pruner.gathering_steps), emit, watcher=pruner)
+    taken = memory.figures()
     loss_after = measured()
     done = time.monotonic()
     structure = structures.to_bytes(slim.layout, slim.structure)
     norm = slim.product_change(state)
     metadata = {SCALE_KEY: repr(slim.scale), STRUCTURE_KEY: structure.hex()}
+    scores = pruner.scores()
+    if task.importance and scores is not None and importances.is_told(slim.layout):
+        metadata[IMPORTANCE_KEY] = importances.to_text(scores.values)
     written, _ = updates.write(out_path, slim.changes(state), "delta", task.update_dtype, metadata)
-    _remember(work.task, known, pruner.scores())
+    _remember(work.task, known, scores)
     report = messages_pb2.UpdateReport(samples=outcome.samples, peak_rss_bytes=peak_rss_bytes())
     figures = {
         "loss": outcome.mean_loss,
@@ -130,6 +139,7 @@ def _trained(
         "update_norm": norm,
         "step_s": outcome.step_s,
         "steps": outcome.steps,
+        **taken,
     }
     for name, value in figures.items():
         report.metrics.add(name=name, value=value)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 METHODS: Mapping[str, str] = {
     "deft": "fleetune.agent.methods.deft",
     "echo": "fleetune.agent.methods.echo",
+    "fedara": "fleetune.agent.methods.fedara",
     "fedavg_lora": "fleetune.agent.methods.fedavg_lora",
     "fedspine": "fleetune.agent.methods.fedspine",
 }

@@ -45,6 +45,8 @@ class Work:
     out_path: Path | None
     data: DeviceData | None
     limits: Limits
+    keep_folder: Path | None = None
+    """Where a method may keep what is this device's own from round to round."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def parse(fields: Mapping[str, object]) -> Work:
             accelerator=str(limits.get("accelerator") or "auto"),
             memory_bytes=int(str(memory)) if memory else None,
         ),
+        keep_folder=_path(fields.get("keep_folder")),
     )
 
 

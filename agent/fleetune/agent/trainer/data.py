@@ -11,9 +11,12 @@ from fleetune.agent.trainer.pace import Pace
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError, WireError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import batches, lora, peaks, recipe, rows, slim
+from fleetune.model import batches, lora, peaks, recipe, rows, slim, triplets
+from fleetune.model.accelerator import Accelerator
 from fleetune.model.batches import Examples
+from fleetune.model.recipe import Recipe
 from fleetune.model.slim import Slim
+from fleetune.model.triplets import Triplets
 from fleetune.v1 import messages_pb2
 
 EXAMPLE_SETS_KEPT = 4
@@ -33,6 +36,8 @@ class Session:
     """Memory of this process with the model loaded, before its rows and its first step."""
     slim: Slim | None = None
     """Set once parts may have been cut out of the model: then it is of no use to whoever needs it whole."""
+    triplets: Triplets | None = None
+    """Set where adapters are of triplets; their ranks change with the state."""
     _row_costs: dict[tuple[int, ...], dict[int, int]] = field(default_factory=dict)
     _examples: dict[_FileKey, Examples] = field(default_factory=dict)
 
@@ -59,7 +64,17 @@ class Session:
 
 def session(task: messages_pb2.Task, base_folder: Path | None, accelerator: str, threads: int, emit: Emit) -> Session:
     """The warm session of this base and recipe with the whole model, or a new one; at most one model is held at a time."""
-    return _session(task, _named(task, base_folder), accelerator, threads, emit, lambda held: held.slim is None)
+    return _session(task, _named(task, base_folder), accelerator, threads, emit, lambda held: held.slim is None and held.triplets is None)
+
+
+def triplet_session(
+    task: messages_pb2.Task, base_folder: Path | None, accelerator: str, threads: int, emit: Emit
+) -> tuple[Session, Triplets]:
+    """A session whose adapters are of triplets, at whatever ranks they were last."""
+    folder = _named(task, base_folder)
+    found = _session(task, folder, accelerator, threads, emit, lambda held: held.triplets is not None, _load_triplets)
+    assert found.triplets is not None
+    return found, found.triplets
 
 
 def slim_session(
@@ -79,9 +94,11 @@ def slim_session(
             f"The task's structure does not belong to the base model on this device: {error.message}",
             "The job's base was exchanged, or the two sides have different versions of Fleetune.",
         ) from error
-    found = _session(
-        task, folder, accelerator, threads, emit, lambda held: held.slim is None or structures.nested(wanted, held.slim.structure)
-    )
+
+    def serves(held: Session) -> bool:
+        return held.triplets is None and (held.slim is None or structures.nested(wanted, held.slim.structure))
+
+    found = _session(task, folder, accelerator, threads, emit, serves)
     left = found.slim = found.slim or Slim(found.adapted, layout)
     try:
         if left.pruned.cut_to(wanted):
@@ -104,8 +121,27 @@ def _named(task: messages_pb2.Task, base_folder: Path | None) -> Path:
     return base_folder
 
 
+_Load = Callable[[_SessionKey, Path, Recipe, Accelerator], Session]
+
+
+def _load_pairs(key: _SessionKey, folder: Path, wanted: Recipe, picked: Accelerator) -> Session:
+    adapted = lora.load(folder, wanted, picked)
+    return Session(key, adapted, peaks.present_bytes(picked))
+
+
+def _load_triplets(key: _SessionKey, folder: Path, wanted: Recipe, picked: Accelerator) -> Session:
+    found = triplets.load(folder, wanted, picked)
+    return Session(key, found.adapted, peaks.present_bytes(picked), triplets=found)
+
+
 def _session(
-    task: messages_pb2.Task, base_folder: Path, accelerator: str, threads: int, emit: Emit, serves: Callable[[Session], bool]
+    task: messages_pb2.Task,
+    base_folder: Path,
+    accelerator: str,
+    threads: int,
+    emit: Emit,
+    serves: Callable[[Session], bool],
+    load: _Load = _load_pairs,
 ) -> Session:
     accelerators.set_threads(threads)
     picked = accelerators.pick(accelerator)
@@ -120,8 +156,7 @@ def _session(
     # Also where nothing is held: a request that failed may have left a model that is freed only now.
     accelerators.release_memory(picked)
     emit("progress", stage="loading", done=0, total=1)
-    adapted = lora.load(base_folder, recipe.from_proto(task.recipe), picked)
-    fresh = Session(key, adapted, peaks.present_bytes(picked))
+    fresh = load(key, base_folder, recipe.from_proto(task.recipe), picked)
     _WARM["session"] = fresh
     emit("progress", stage="loading", done=1, total=1)
     return fresh

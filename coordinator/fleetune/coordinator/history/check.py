@@ -168,11 +168,11 @@ def _folders(job: JobHistory) -> Iterator[Violation]:
     entries = {row.number: row.entry for row in job.rounds}
     for folder in job.folders:
         entry = entries.get(folder.number)
-        if entry is None or entry.state is None:
+        if entry is None or entry.published is None:
             yield Violation("folder_differs", job.job_id, folder.number, "there is a folder of a round that was not committed")
             continue
-        if Blob(folder.state_digest, folder.state_bytes) != entry.state:
-            message = f"{folder.state_path.name} has digest {folder.state_digest[:12]}, committed was {_short(entry.state)}"
+        if Blob(folder.state_digest, folder.state_bytes) != entry.published:
+            message = f"{folder.state_path.name} has digest {folder.state_digest[:12]}, committed was {_short(entry.published)}"
             yield Violation("folder_differs", job.job_id, folder.number, message)
         yield from _manifest(job.job_id, folder, entry)
 

@@ -12,7 +12,8 @@ product *and* those others as they were: what nobody was asked about is no zero.
 have it. FlexLoRA and HetLoRA count them as zeros, as their papers do, so that each round shrinks them by the weight of the devices
 that did not have them.
 
-Three more ways change the frozen weights or keep a part on the device; here is their algebra alone: `flora_stack`, `fedex` and `fedsa`.
+Two more ways change the frozen weights; here is their algebra alone: `flora_stack` and `fedex`. `fedsa`, which a job may name, needs no
+rule: devices send A alone, whose mean is that of any tensor.
 """
 
 from __future__ import annotations

@@ -68,13 +68,16 @@ class FedavgLora:
         )
         aggregation = spec.method.aggregation
         assert aggregation is not None, "jobspec.parse fills it in"
-        trained = rules.trained(aggregation, facts.number)
-        if trained != "both":
+        if aggregation == "fedsa":
+            task.personal = True
+        elif (trained := rules.trained(aggregation, facts.number)) != "both":
             task.trains = trained
         return {device: _ranked(task, spec, facts.names.get(device, "")) for device in facts.devices}
 
     def fold(self, spec: JobSpec, number: int) -> ServerOptimizer | LoraFold | None:
         method = spec.method
+        if method.aggregation == "fedsa":
+            return None  # of A, which is all that there is
         if method.server_optimizer == "none":
             assert method.aggregation is not None, "jobspec.parse fills it in"
             return LoraFold(method.aggregation, spec.lora.rank, loraranks.scale(spec), number, bool(method.ranks))

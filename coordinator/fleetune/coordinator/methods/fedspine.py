@@ -34,6 +34,11 @@ from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.methods.v1 import fedspine_pb2
 
 
+def tells_importance(spec: JobSpec, number: int) -> bool:
+    """Whether devices tell the importance of heads and neurons in a round: once it changes no more, for whoever takes the job's result."""
+    return number >= spec.rounds.count - spec.method.recovery_rounds
+
+
 class Fedspine:
     name = "fedspine"
     needs_model = True
@@ -67,6 +72,7 @@ class Fedspine:
             max_grad_norm=training.max_grad_norm,
             update_dtype=method.update_dtype,
             probe_rows=method.probe_rows,
+            importance=tells_importance(spec, facts.number),
         )
 
     def fold(self, spec: JobSpec, number: int) -> LoraFold:

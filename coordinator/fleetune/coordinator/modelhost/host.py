@@ -11,10 +11,11 @@ from fleetune import structures
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError
 from fleetune.model import accelerator as accelerators
-from fleetune.model import adapter, bases, batches, evaluation, lora, rows, slim
+from fleetune.model import adapter, bases, batches, evaluation, lora, rows, slim, triplets
 from fleetune.model import recipe as recipes
 from fleetune.model.batches import Examples
 from fleetune.model.slim import Slim
+from fleetune.model.triplets import Triplets
 from fleetune.structures import Structure
 from fleetune.v1 import messages_pb2
 from fleetune.wire import basefiles, codec
@@ -24,7 +25,8 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     """Writes the job's first adapter into `out_folder` and tells what it consists of.
 
     Fields: base (folder or hub id), revision, allow_hub, recipe (base64 of the message), seed, init_adapter (folder or null), out_folder.
-    Optional: digest_cache, a file that spares reading an unchanged base again; accelerator; threads.
+    Optional: digest_cache, a file that spares reading an unchanged base again; accelerator; threads; triplets, whether adapters are of
+    triplets instead of pairs.
     """
     recipe = _recipe(fields)
     emit("progress", stage="loading", done=0, total=3)
@@ -32,17 +34,23 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     cache = fields.get("digest_cache")
     files = basefiles.scan(found.folder, cache=Path(str(cache)) if cache else None)
     emit("progress", stage="loading", done=1, total=3)
-    adapted = lora.load(found.folder, recipe, _accelerator(fields), seed=int(str(fields.get("seed") or 0)))
+    seed = int(str(fields.get("seed") or 0))
+    base_name = found.hub_id or found.public_name
+    of_triplets = triplets.load(found.folder, recipe, _accelerator(fields), seed) if fields.get("triplets") else None
+    adapted = of_triplets.adapted if of_triplets is not None else lora.load(found.folder, recipe, _accelerator(fields), seed=seed)
     if fields.get("init_adapter"):
         adapter.load_existing(adapted, Path(str(fields["init_adapter"])))
-    emit("progress", stage="loading", done=2, total=3)
     out_folder = Path(str(fields["out_folder"]))
     out_folder.mkdir(parents=True, exist_ok=True)
-    adapter.write_config(out_folder / adapter.CONFIG_NAME, adapted, found.hub_id or found.public_name)
+    if of_triplets is not None:
+        of_triplets.write_config(out_folder / adapter.CONFIG_NAME, base_name)
+    else:
+        adapter.write_config(out_folder / adapter.CONFIG_NAME, adapted, base_name)
+    emit("progress", stage="loading", done=2, total=3)
     written = adapter.write_state(out_folder / adapter.STATE_NAME, adapted)
     table = codec.read_table(written.path)
     blocks = lora.blocks(table.names)
-    _keep(_Key(str(found.folder), str(fields["recipe"]), adapted.accelerator.kind), adapted)
+    _keep(_Key(str(found.folder), str(fields["recipe"]), adapted.accelerator.kind, of_triplets is not None), adapted).triplets = of_triplets
     emit("progress", stage="loading", done=3, total=3)
     return {
         "trainables_digest": codec.trainables_digest(table),
@@ -64,13 +72,13 @@ def prepare(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
 def evaluate(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     """Metrics of a state on the coordinator's held-out rows.
 
-    Fields: base_folder, recipe, state_path, rows_path. Optional: rows_format, accelerator, threads, and structure, hex of what is left of
-    the model where devices prune it. The model and the tokenised rows of the last job stay in memory.
+    Fields: base_folder, recipe, state_path, rows_path. Optional: rows_format, accelerator, threads; structure, hex of what is left of the
+    model where devices prune it; triplets, whether the state holds such. The model and the tokenised rows of the last job stay in memory.
     """
     recipe = _recipe(fields)
     folder = Path(str(fields["base_folder"]))
     accelerator = _accelerator(fields)
-    key = _Key(str(folder), str(fields["recipe"]), accelerator.kind)
+    key = _Key(str(folder), str(fields["recipe"]), accelerator.kind, bool(fields.get("triplets")))
     emit("progress", stage="loading", done=0, total=1)
     wanted = str(fields.get("structure") or "")
     layout = slim.layout_of_folder(folder) if wanted else None
@@ -79,9 +87,13 @@ def evaluate(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     if held is None or held.key != key or not held.serves(structure):
         held = None
         _WARM.clear()
-        held = _keep(key, lora.load(folder, recipe, accelerator))
+        of_triplets = triplets.load(folder, recipe, accelerator) if key.triplets else None
+        held = _keep(key, of_triplets.adapted if of_triplets is not None else lora.load(folder, recipe, accelerator))
+        held.triplets = of_triplets
     examples = _examples(held, Path(str(fields["rows_path"])), str(fields.get("rows_format") or "") or None)
-    if layout is None or structure is None:
+    if held.triplets is not None:
+        held.triplets.load(Path(str(fields["state_path"])))
+    elif layout is None or structure is None:
         adapter.load_state(held.adapted, Path(str(fields["state_path"])))
     else:
         held.slim = held.slim or Slim(held.adapted, layout)
@@ -100,6 +112,7 @@ class _Key:
     folder: str
     recipe: str
     accelerator: str
+    triplets: bool = False
 
 
 @dataclass
@@ -111,6 +124,8 @@ class _Held:
     examples: dict[tuple[str, int, int], Examples] = field(default_factory=dict)
     slim: Slim | None = None
     """Set once parts may have been cut out of the model."""
+    triplets: Triplets | None = None
+    """Set where adapters are of triplets."""
 
     def serves(self, structure: Structure | None) -> bool:
         """Whether all that is wanted is still there; None wants everything."""

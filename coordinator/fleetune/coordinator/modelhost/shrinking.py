@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from fleetune import consensus, structures
+from fleetune import consensus, importances, structures
 from fleetune.architectures import Layout
 from fleetune.child.entry import Emit
 from fleetune.errors import ModelError
@@ -32,10 +32,11 @@ _TASKS = {
 
 
 def shrink(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
-    """Merges an adapter into its base, cut to what a device has left, or to what all devices together voted for.
+    """Merges an adapter into its base, cut to what a device has left, or to what all devices, or those of a class, together voted for.
 
     Fields: adapter_folder (of a round of a job that prunes), out_folder (must not exist). Optional: base (folder or hub id instead of the
-    one that the adapter was trained on), allow_hub, device (a name; empty: the vote), threads.
+    one that the adapter was trained on), allow_hub, device (a name; empty: the vote), hardware (the class whose devices
+    vote; empty: all do), threads.
     """
     folder, out = Path(str(fields["adapter_folder"])), Path(str(fields["out_folder"]))
     manifest, config = _json(folder / MANIFEST), _json(folder / CONFIG)
@@ -43,7 +44,8 @@ def shrink(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
     base = bases.resolve(*_base(manifest, str(fields.get("base") or "")), bool(fields.get("allow_hub", True)))
     layout = slim.layout_of_folder(base.folder)
     device = str(fields.get("device") or "")
-    structure = _structure(manifest, layout, device)
+    hardware = str(fields.get("hardware") or "")
+    structure = _structure(manifest, layout, device, hardware)
     accelerators.set_threads(int(str(fields.get("threads") or 0)))
     adapted = lora.load(base.folder, _recipe(manifest, config), accelerators.pick("cpu"))
     whole_parameters = adapted.parameter_count - adapted.trainable_count
@@ -63,6 +65,7 @@ def shrink(fields: Mapping[str, object], emit: Emit) -> dict[str, object]:
         "parameters": sum(parameter.numel() for parameter in merged.model.parameters()),
         "base_parameters": whole_parameters,
         "device": device,
+        "hardware": hardware,
     }
 
 
@@ -95,7 +98,7 @@ def _base(manifest: Mapping[str, object], given: str) -> tuple[str, str]:
     )
 
 
-def _structure(manifest: Mapping[str, object], layout: Layout, device: str) -> Structure:
+def _structure(manifest: Mapping[str, object], layout: Layout, device: str, hardware: str) -> Structure:
     entries = manifest.get("devices")
     devices = [
         cast("dict[str, object]", entry)
@@ -109,11 +112,29 @@ def _structure(manifest: Mapping[str, object], layout: Layout, device: str) -> S
         raise ModelError(
             f"The round has no device {device!r}; it has {', '.join(sorted(pruned))}.", "Name one of these, or none for the vote."
         )
-    found = {name: structures.from_bytes(layout, _hex(entry.get("structure"))) for name, entry in pruned.items()}
     if device:
-        return found[device]
-    votes = [(found[name], max(1, int(str(entry.get("weight") or 1)))) for name, entry in pruned.items()]
-    return consensus.voted(layout, votes, [float(str(entry.get("sparsity") or 0.0)) for entry in pruned.values()])
+        return _kept(layout, pruned[device])
+    # The vote of all is the one that the coordinator measured, which goes by what devices have kept alone.
+    scores: list[importances.Scores | None] = []
+    if hardware:
+        classes = sorted({str(entry.get("hardware") or "") for entry in pruned.values()})
+        pruned = {name: entry for name, entry in pruned.items() if entry.get("hardware") == hardware}
+        if not pruned:
+            raise ModelError(
+                f"The round has no devices of class {hardware!r}; it has {', '.join(map(repr, classes))}.", "Name one of these."
+            )
+        scores = [_importance(layout, entry) for entry in pruned.values()]
+    votes = [(_kept(layout, entry), max(1, int(str(entry.get("weight") or 1)))) for entry in pruned.values()]
+    return consensus.voted(layout, votes, [float(str(entry.get("sparsity") or 0.0)) for entry in pruned.values()], scores)
+
+
+def _kept(layout: Layout, entry: Mapping[str, object]) -> Structure:
+    return structures.from_bytes(layout, _hex(entry.get("structure")))
+
+
+def _importance(layout: Layout, entry: Mapping[str, object]) -> importances.Scores | None:
+    word = entry.get("importance")
+    return importances.from_text(layout, word) if isinstance(word, str) and word else None
 
 
 def _hex(word: object) -> bytes:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fleetune.coordinator.domain import Prepared, RoundEntry, TaskEntry
 from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.rounds import ranking, triplets
 from fleetune.coordinator.store.blobs import BlobStore
 
 STATE_FILE = "adapter_model.safetensors"
@@ -49,11 +50,11 @@ def write(jobs: Path, blobs: BlobStore, adapter: Adapter) -> Path:
     target = folder(jobs, adapter.job_id, adapter.entry.number)
     if target.exists():
         return target
-    assert adapter.entry.state is not None
+    assert adapter.entry.published is not None
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     aside.mkdir(parents=True)
     try:
-        blobs.link_out(adapter.entry.state.digest, aside / STATE_FILE)
+        blobs.link_out(adapter.entry.published.digest, aside / STATE_FILE)
         for name, text in texts(adapter).items():
             (aside / name).write_text(text, encoding="utf-8")
         os.replace(aside, target)
@@ -66,9 +67,9 @@ def write(jobs: Path, blobs: BlobStore, adapter: Adapter) -> Path:
 def is_whole(jobs: Path, adapter: Adapter) -> bool:
     """Whether the folder holds what `write` would put there; False where there is none. Blocks on disk."""
     target = folder(jobs, adapter.job_id, adapter.entry.number)
-    assert adapter.entry.state is not None
+    assert adapter.entry.published is not None
     try:
-        if (target / STATE_FILE).stat().st_size != adapter.entry.state.size_bytes:
+        if (target / STATE_FILE).stat().st_size != adapter.entry.published.size_bytes:
             return False
         return all((target / name).read_text(encoding="utf-8") == text for name, text in texts(adapter).items())
     except (OSError, UnicodeDecodeError):
@@ -80,6 +81,9 @@ def texts(adapter: Adapter) -> dict[str, str]:
     files = {MANIFEST_FILE: manifest(adapter), README_FILE: readme(adapter)}
     if adapter.prepared.adapter_config:
         files[CONFIG_FILE] = adapter.prepared.adapter_config
+    if adapter.entry.alive:
+        spec = adapter.spec.lora
+        files[CONFIG_FILE] = triplets.config(files[CONFIG_FILE], ranking.left(adapter.entry.alive), spec.alpha / spec.rank)
     return files
 
 
@@ -136,8 +140,18 @@ def manifest(adapter: Adapter) -> str:
         "method": adapter.spec.method.name,
         "base": {"hub_id": prepared.hub_id, "revision": prepared.revision, "name": prepared.base_name, "digest": prepared.base_digest},
         "start_state": {"digest": entry.start_state.digest, "bytes": entry.start_state.size_bytes},
-        "state": {"file": STATE_FILE, "digest": entry.state.digest, "bytes": entry.state.size_bytes},
-        "trainables_digest": prepared.trainables_digest,
+        "state": {
+            **({} if entry.adapter else {"file": STATE_FILE}),
+            "digest": entry.state.digest,
+            "bytes": entry.state.size_bytes,
+        },
+        **(
+            {"adapter": {"file": STATE_FILE, "digest": entry.adapter.digest, "bytes": entry.adapter.size_bytes}, "ranks": entry.ranks}
+            if entry.adapter
+            else {}
+        ),
+        **({"alive": entry.alive} if entry.alive else {}),
+        "trainables_digest": entry.trainables_digest or prepared.trainables_digest,
         "devices": [
             {
                 "name": task.device_name,
@@ -166,7 +180,14 @@ def _pruned(entry: RoundEntry, task: TaskEntry) -> dict[str, object]:
     pruning = entry.pruning_of(task.device_id)
     if pruning is None or task.update is None:
         return {}
-    return {"structure": task.update.structure, "sparsity": task.update.sparsity, "rank": pruning.rank}
+    told = {"importance": task.update.importance} if task.update.importance else {}
+    return {
+        "structure": task.update.structure,
+        "sparsity": task.update.sparsity,
+        "rank": pruning.rank,
+        "hardware": pruning.hardware,
+        **told,
+    }
 
 
 def readme(adapter: Adapter) -> str:
@@ -188,16 +209,30 @@ def readme(adapter: Adapter) -> str:
         lines += [
             f"- Base: `{base}`" + (f" at revision `{prepared.revision}`" if prepared.revision else ""),
             f"- Base digest: `{prepared.base_digest}`",
-            f"- LoRA: rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, targets {', '.join(spec.lora.targets) or 'PEFT defaults'}"
+            f"- LoRA: rank {spec.lora.rank}{_ranks(entry)}, alpha {spec.lora.alpha:g}, targets {_targets(spec)}"
             if spec.method.trains == "lora"
             else "- Trained: the layers' own weights",
         ]
+    if spec.method.aggregation == "fedsa":
+        lines.append("- A of each pair alone: B is zero here, as it and the head are each device's own, in `personal/` of its state folder")
     lines += [f"- {name}: {value:.4f} on {entry.evaluation_rows} rows" for name, value in sorted(entry.metrics.items())]
     if spec.task.labels:
         lines += ["", "## Labels", "", *(f"{index}. `{label}`" for index, label in enumerate(spec.task.labels))]
     if prepared.adapter_config:
         lines += ["", "## Load it", "", "```python", *loading_lines(spec, base, "."), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _targets(spec: JobSpec) -> str:
+    return ", ".join(spec.lora.targets) or "PEFT defaults"
+
+
+def _ranks(entry: RoundEntry) -> str:
+    """What is left of the rank where modules have lost some."""
+    if not entry.alive:
+        return ""
+    left = ranking.left(entry.alive)
+    return f" at first, now {sum(left.values())} in all over {len(left)} of {len(entry.alive)} modules"
 
 
 AUTO_CLASSES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 from fleetune.coordinator import loraranks
 from fleetune.coordinator.domain import DeviceFigures, Evaluation, Failure, Pruning, TaskEntry, Update
 from fleetune.coordinator.lora.rules import LoraFold
+from fleetune.coordinator.methods import fedara, fedspine
 from fleetune.coordinator.registry import Registry
-from fleetune.coordinator.rounds import aggregate, layouts, lorapairs, machine
+from fleetune.coordinator.rounds import aggregate, layouts, lorapairs, machine, ranking
 from fleetune.coordinator.rounds.inspection import Inspection
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.coordinator.rounds.lorapairs import NO_LEEWAY, Leeway
@@ -75,6 +76,7 @@ class Admission:
             await storing
             return settled or Receipt("refused", "unknown job")
         table = await self._table(job)
+        scores, unscored = _scores(job, update.report)
         places = (spooled, self._means.blobs.path(update.blob.digest))
         told = job.machine.round.pruning_of(device_id) if job.machine.round is not None else None
         limit = told.rank if told is not None else rank_limit(job, task_id)
@@ -92,14 +94,18 @@ class Admission:
             failure = Failure("not_finite", "upload", str(facts))
         elif isinstance(facts, WireError):
             failure = Failure("model", "upload", str(facts))
-        elif isinstance(facts, aggregate.UpdateFacts) and (wrong := unasked(job, device_id, facts)):
+        elif isinstance(facts, aggregate.UpdateFacts) and (wrong := unasked(job, device_id, facts) or unscored):
             failure = Failure("model", "upload", wrong)
         if failure is not None:
             await self._means.ask(job.job_id, machine.TaskFailed(task_id, failure))
             return Receipt("refused", failure.message)
         if isinstance(facts, BaseException):
             raise facts
-        checked = replace(update, norm=facts.norm, kind=facts.kind, structure=facts.structure, sparsity=facts.sparsity)
+        checked = replace(
+            update, norm=facts.norm, kind=facts.kind, structure=facts.structure, sparsity=facts.sparsity, report=b"", scores=scores
+        )
+        if told is not None and fedspine.tells_importance(job.spec, job.machine.committed + 1):
+            checked = replace(checked, importance=facts.importance)
         if (objection := job.machine.objection(checked, device_id)) is not None:
             await self._means.ask(job.job_id, machine.TaskFailed(task_id, objection))
             if device_id in job.machine.quarantined:
@@ -155,10 +161,12 @@ class Admission:
         return replace(facts, sparsity=layouts.reached(layout, told, facts.structure))
 
     async def _table(self, job: LiveJob) -> codec.TensorTable:
-        if job.table is None:
-            assert job.machine.state is not None
-            table = await self._means.disk.run(codec.read_table, self._means.blobs.path(job.machine.state.digest))
-            job.table = table
+        assert job.machine.state is not None
+        digest = job.machine.state.digest
+        # Where adapters lose ranks each round's state has tensors of its own.
+        if job.table is None or (job.machine.plan.ranking is not None and job.table_of != digest):
+            table = await self._means.disk.run(codec.read_table, self._means.blobs.path(digest))
+            job.table, job.table_of = table, digest
         return job.table
 
     def _job_of(self, task_id: str) -> LiveJob | None:
@@ -228,6 +236,8 @@ def unasked(job: LiveJob, device_id: str, facts: aggregate.UpdateFacts) -> str:
     entry, prepared = job.machine.round, job.machine.prepared
     if entry is not None and (fixed := _of_fixed_matrices(job, entry.number, facts.names)):
         return f"the update holds {_some(fixed)}, which no device trains in this round; only the other matrices of the pairs are asked for."
+    if job.spec.method.aggregation == "fedsa" and (own := [name for name in facts.names if lorapairs.side_of(name) != "right"]):
+        return f"the update holds {_some(own)}, which stays on its device in this job; only A of the pairs is asked for."
     part = entry.plan.part_of(device_id) if entry is not None and entry.plan is not None else None
     if part is None or prepared is None:
         return ""
@@ -239,6 +249,19 @@ def unasked(job: LiveJob, device_id: str, facts: aggregate.UpdateFacts) -> str:
     if missing := sorted(wanted - found):
         return f"the update lacks {_some(missing)} of {blocks}; all of their tensors are asked for."
     return ""
+
+
+def _scores(job: LiveJob, report: bytes) -> tuple[str, str]:
+    """The scores of a round's triplets in a report from the network, as they are kept, and why they are refused, for a person."""
+    entry = job.machine.round
+    if job.machine.plan.ranking is None or entry is None:
+        return "", ""
+    try:
+        found = fedara.scores(report)
+    except WireError as error:
+        return "", error.message
+    wrong = ranking.objection(entry.ranks, found)
+    return ("", wrong) if wrong else (ranking.packed(found), "")
 
 
 def rank_limit(job: LiveJob, task_id: str) -> int:

@@ -33,7 +33,7 @@ from fleetune.coordinator.rounds.moments import Moments
 from fleetune.coordinator.rounds.optimizers import AdamW, ServerOptimizer
 from fleetune.coordinator.rounds.slabs import Floats
 from fleetune.coordinator.rounds.stepping import Stepping
-from fleetune.coordinator.rounds.structured import STRUCTURE_KEY
+from fleetune.coordinator.rounds.structured import STRUCTURE_KEY, importance_of
 from fleetune.errors import NotFiniteError, WireError
 from fleetune.wire import codec
 from fleetune.wire.codec import TensorTable
@@ -56,6 +56,8 @@ class UpdateFacts:
     structure: str = ""
     """Hex of what the device's model has left; empty where devices do not prune."""
     sparsity: float = 0.0
+    importance: str = ""
+    """Of its heads and neurons, where it tells."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def inspect(path: Path, expected: TensorTable, slab_bytes: int = SLAB_BYTES, lee
                 where = _first_not_finite(table, start, values)
                 raise NotFiniteUpdateError(where, "The device's training diverged: lower its learning rate.")
             squares += square
-        structure = table.metadata[STRUCTURE_KEY] if leeway.layout is not None else ""
-        return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True, structure)
+        structure, importance = ("", "") if leeway.layout is None else (table.metadata[STRUCTURE_KEY], importance_of(table, leeway.layout))
+        return UpdateFacts(kind, table.names, dtype, math.sqrt(squares), True, structure, importance=importance)
     finally:
         os.close(fd)
 

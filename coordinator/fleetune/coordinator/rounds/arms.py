@@ -1,9 +1,9 @@
 """FedSpine's choice for each device of a round: how much it prunes and of which rank its LoRA is; pure.
 
-A device has a bandit of its own (`rounds.bandit`), asked when a round opens and rewarded when it is committed. Three things bound what
-it may choose: a device whose predicted seconds are far beyond the fleet's mean must prune faster or take a lower rank; the job's last
-rounds are for recovery, so that the target must be reached before them; and the first round is the same cheap arm for everyone, since
-nothing is known yet. With `choice = "fixed"` all devices take one arm.
+A device has a bandit of its own (`rounds.bandit`), asked when a round opens and rewarded when it is committed. Four things bound what
+it may choose: a device whose predicted seconds are far beyond the fleet's mean must prune faster or take a lower rank, as must one whose
+memory is short (`rounds.armlimits`); the job's last rounds are for recovery, so that the target must be reached before them; and the first
+round is the same cheap arm for everyone, since nothing is known yet. With `choice = "fixed"` all devices take one arm.
 
 | symbol | name |
 | --- | --- |
@@ -25,11 +25,16 @@ from functools import partial
 
 from fleetune import sparsity
 from fleetune.coordinator.domain import Candidate, PruneSettings, Pruning, RoundEntry, TaskEntry, Update
-from fleetune.coordinator.rounds import bandit
+from fleetune.coordinator.rounds import armlimits, bandit
+from fleetune.coordinator.rounds.armlimits import NO_CEILING, Ceiling, Memory
 from fleetune.coordinator.rounds.bandit import Arm, Bandit, Box, Costs
 
 STEP_FIXED = 0.3
 """The part of a step's seconds that does not fall with sparsity: embeddings, norms, head, what an operation costs by itself."""
+
+STEPS_MAX = 1e7
+STEP_S_MAX = 1e5
+"""Of what a device tells of its round; more is a mistake."""
 
 FALL_REFERENCE = 2.0
 """A loss's fall earns all that it can at so many times the round's median fall."""
@@ -53,6 +58,9 @@ class Spine:
     """From the task to the last byte of its update."""
     step_sparsity: float = 0.0
     """At which `step_s` was taken."""
+    memory: Memory | None = None
+    """What its last counted round took; None where it does not tell."""
+    ceiling: Ceiling = NO_CEILING
 
     @property
     def is_timed(self) -> bool:
@@ -78,7 +86,8 @@ def choose(
         spine, arm = _arm(settings, spine, device.device_id, number, rounds, fleet)
         changed[device.device_id] = spine
         step = sparsity.round_of(spine.sparsity, arm.pace, settings.target, settings.steps, settings.tau, settings.step_max)
-        found.append(Pruning(device.device_id, spine.structure, step.before, step.after, arm.pace, arm.rank))
+        note = armlimits.note(spine.memory, spine.ceiling, partial(first_sparsity, settings, spine.sparsity), arm)
+        found.append(Pruning(device.device_id, spine.structure, step.before, step.after, arm.pace, arm.rank, note, device.hardware))
     return changed, tuple(found)
 
 
@@ -97,10 +106,12 @@ def _arm(settings: PruneSettings, spine: Spine, device_id: str, number: int, rou
     least = least_pace(settings, spine.sparsity, number, rounds)
     if settings.choice == "fixed":
         height = bandit.height_of(spine.bandit.settings, settings.rank)
-        return spine, Arm(max(settings.pace, least), settings.rank, max(settings.pace, least), height)
+        arm = Arm(max(settings.pace, least), settings.rank, max(settings.pace, least), height)
+        return spine, armlimits.bounded(spine.ceiling, spine.bandit.settings, arm)
     if spine.rounds == 0:
         arm = bandit.calibration(spine.bandit.settings)
         arm = replace(arm, pace=max(arm.pace, least), x=max(arm.x, least))
+        arm = armlimits.bounded(spine.ceiling, spine.bandit.settings, arm)
         return replace(spine, bandit=bandit.give(spine.bandit, device_id, number, arm)), arm
     box = _feasible(settings, spine, least, fleet)
     if box is None:
@@ -132,12 +143,13 @@ class _Fleet:
 
 
 def _feasible(settings: PruneSettings, spine: Spine, least: float, fleet: _Fleet | None) -> Box | None:
-    """What the device can do without holding the others up; everything from `least` on where its times are not known."""
-    if fleet is None or not spine.is_timed:
-        return Box(least, 0.0, 1.0, 1.0)
-    limit_s = bandit.time_limit_s(_cheapest_s(settings, spine), fleet.mean_s, fleet.slowest_cheapest_s, settings.deadline_s or None)
+    """What the device can do in its memory without holding the others up; what is not known of it bounds nothing."""
+    limit_s = math.inf
+    if fleet is not None and spine.is_timed:
+        limit_s = bandit.time_limit_s(_cheapest_s(settings, spine), fleet.mean_s, fleet.slowest_cheapest_s, settings.deadline_s or None)
     sparsity_of = partial(_step_sparsity, settings, spine)
-    allowed = bandit.within_limits(costs_of(spine), settings.steps, sparsity_of, limit_s, math.inf)
+    in_time = bandit.within_limits(costs_of(spine), settings.steps, sparsity_of, limit_s, math.inf)
+    allowed = armlimits.limited(spine.memory, spine.ceiling, partial(first_sparsity, settings, spine.sparsity), in_time)
     return bandit.feasible_box(spine.bandit.settings, allowed, least)
 
 
@@ -151,8 +163,13 @@ def _step_sparsity(settings: PruneSettings, spine: Spine, pace: float) -> float:
     return statistics.fmean(step.sparsity(event) for event in range(1, step.events + 1))
 
 
+def first_sparsity(settings: PruneSettings, before: float, pace: float) -> float:
+    """At which the first steps of a round run, which take the most memory."""
+    return sparsity.round_of(before, pace, settings.target, settings.steps, settings.tau, settings.step_max).sparsity(1)
+
+
 def costs_of(spine: Spine) -> Costs:
-    """What the device's rounds take, by its last one. Its memory is not known here: a device that runs short takes smaller batches."""
+    """What the device's rounds take in time, by its last one; its memory is `armlimits`'."""
     kept = 1.0 - spine.step_sparsity
     moved = max(1e-9, spine.rank * (1.0 - spine.sparsity))
     return Costs(
@@ -176,6 +193,16 @@ def measured(settings: PruneSettings, spine: Spine | None, update: Update | None
     return Pruning(device_id, structure, reached, reached, 0.0, settings.rank_max)
 
 
+def ran_short(settings: PruneSettings, spines: Spines, entry: RoundEntry, device_id: str) -> dict[str, Spine]:
+    """The spines after a device has run out of memory in the open round: its arms are smaller from now on, also in this round once more."""
+    spine, pruning = spines.get(device_id), entry.pruning_of(device_id)
+    if spine is None or pruning is None:
+        return dict(spines)
+    told = bandit.tell(spine.bandit, device_id, entry.number, None)
+    ceiling = armlimits.lowered(spine.ceiling, pruning.rank, settings.rank_min)
+    return {**spines, device_id: replace(spine, bandit=told, ceiling=ceiling)}
+
+
 def learn(settings: PruneSettings, spines: Spines, entry: RoundEntry) -> dict[str, Spine]:
     """The spines after a committed round. A device without an update in it keeps its structure, and its bandit learns nothing."""
     changed = dict(spines)
@@ -197,17 +224,20 @@ def learn(settings: PruneSettings, spines: Spines, entry: RoundEntry) -> dict[st
 
 def _after(settings: PruneSettings, spine: Spine, pruning: Pruning, update: Update) -> Spine:
     told = update.metrics
+    # A device's first round begins with steps that gather importance, before anything is cut.
+    first = first_sparsity(settings, pruning.sparsity_before, pruning.pace) if spine.rounds else pruning.sparsity_before
     return replace(
         spine,
         structure=update.structure,
         sparsity=update.sparsity,
         rounds=spine.rounds + 1,
         rank=pruning.rank,
-        steps=int(told.get("steps", settings.steps)),
-        step_s=told.get("step_s", 0.0),
+        steps=int(_sober(told, "steps", settings.steps, STEPS_MAX)),
+        step_s=_sober(told, "step_s", 0.0, STEP_S_MAX),
         sent_s=update.sent_s,
         seconds=update.ready_s + update.sent_s,
         step_sparsity=update.sparsity,
+        memory=armlimits.told(told, first, pruning.rank),
     )
 
 
@@ -222,6 +252,12 @@ def _result(entry: RoundEntry, task: TaskEntry) -> bandit.Result | None:
         return None
     gain = update.sparsity - pruning.sparsity_before
     return bandit.Result(told["loss_before"], told["loss_after"], gain, told["update_norm"], update.ready_s + update.sent_s)
+
+
+def _sober(told: Mapping[str, float], name: str, otherwise: float, most: float) -> float:
+    """A figure that a device tells of itself; `otherwise` where it cannot be: it may say anything, NaN and negative times included."""
+    value = told.get(name, otherwise)
+    return value if 0.0 <= value <= most else otherwise
 
 
 def _fall(result: bandit.Result) -> float:

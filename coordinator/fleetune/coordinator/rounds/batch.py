@@ -90,6 +90,8 @@ class Batch:
                 self.blobs += [records.BlobRow(digest, size, "base", job.job_id, now) for _, digest, size in prepared.files]
             case machine.Folded(_, outcome):
                 self.blobs.append(records.BlobRow(outcome.state.digest, outcome.state.size_bytes, "state", job.job_id, now))
+                if outcome.adapter is not None:
+                    self.blobs.append(records.BlobRow(outcome.adapter.digest, outcome.adapter.size_bytes, "adapter", job.job_id, now))
                 if outcome.optimizer is not None:
                     self.blobs.append(records.BlobRow(outcome.optimizer.digest, outcome.optimizer.size_bytes, "optimizer", job.job_id, now))
             case _:

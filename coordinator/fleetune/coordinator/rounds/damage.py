@@ -40,8 +40,8 @@ def standing(job: JobFacts) -> Standing:
     kept = needs.kept_states(job)
     folders: dict[str, tuple[int, ...]] = {}
     for number in sorted(needs.kept_rounds(job)):
-        if (entry := job.history.get(number)) is not None and (state := entry.state) is not None:
-            folders[state.digest] = (*folders.get(state.digest, ()), number)
+        if (entry := job.history.get(number)) is not None and (tensors := entry.published) is not None:
+            folders[tensors.digest] = (*folders.get(tensors.digest, ()), number)
     prepared = None if job.ended else job.machine.prepared
     files = tuple((name, Blob(digest, size)) for name, digest, size in prepared.files) if prepared is not None else ()
     fresh = needs.fresh_states(job)

@@ -560,9 +560,13 @@ class Engine:
                 depth_count=len(prepared.blocks) if prepared is not None else 0,
                 prunings=job.machine.prunings(command.kind),
                 names={task.device_id: task.device_name for task in tasks},
+                ranks=job.machine.ranks_of(command.kind),
             )
             payload = assigned[job.job_id, command.kind] = job.method.assign(job.spec, facts)
         message = payload.get(command.device_id) or next(iter(payload.values()))
+        if command.kind == "train" and round_ is not None and (told := round_.pruning_of(command.device_id)) is not None and told.note:
+            device = round_.tasks[command.task_id].device_name
+            log.warning("job=%s round=%d device=%s %s", job.job_id, round_.number, device, told.note)
         deadline_s = max(0.1, command.deadline_unix_s - self._wall()) if command.deadline_unix_s > 0 else 0.0
         job.progress[command.task_id] = Progress(moved_monotonic_s=self._monotonic())
         self.uplinks.handed_out(command.task_id)

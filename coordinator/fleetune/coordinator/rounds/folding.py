@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleetune import consensus, structures
 from fleetune.coordinator.domain import Blob, Failure, FoldOutcome
 from fleetune.coordinator.lora.rules import LoraFold
-from fleetune.coordinator.rounds import aggregate, damage, layouts, lorafold, machine
+from fleetune.coordinator.rounds import aggregate, damage, layouts, lorafold, machine, ranking, triplets
 from fleetune.coordinator.rounds.host import HostError
 from fleetune.coordinator.rounds.inspection import Inspection
 from fleetune.coordinator.rounds.job import LiveJob
@@ -20,6 +21,10 @@ from fleetune.coordinator.rounds.means import Means, expanded, failure_of
 from fleetune.errors import DiskFullError, DurabilityError, FleetuneError
 
 log = logging.getLogger("fleetune.engine")
+
+TRIPLETS = "triplets"
+MODULES = "modules"
+"""What a fold tells of adapters that lose ranks: how many triplets are left, and in how many modules."""
 
 FOLD_RETRY_S = 2.0
 """A fold that found no room on the disk tries again after this."""
@@ -47,6 +52,7 @@ class Folding:
         """One attempt; what came of it is posted, but for the lack of room."""
         stem = f"{job.job_id}-{command.round_number}-{uuid.uuid4().hex[:8]}"
         out, out_optimizer = self._means.scratch / f"{stem}.state", self._means.scratch / f"{stem}.optimizer"
+        out_adapter = self._means.scratch / f"{stem}.adapter"
         try:
             if self._inspection.has_lain(job):
                 # The bytes lay on a disk since their digests were checked: nothing damaged gets into the sum.
@@ -57,15 +63,33 @@ class Folding:
                     self._means.post(job.job_id, machine.HostFailed("folding", Failure("internal", "storage", ailment)))
                     return None
             result = await self._means.fold_thread.run(self._fold_now, job, command, out, out_optimizer)
+            cut = await self._means.fold_thread.run(_cut, out, out_adapter, command.alive) if command.alive else None
+            if cut is not None:
+                result = replace(
+                    result, digest=cut.state.digest, size_bytes=cut.state.size_bytes, metrics={**result.metrics, **cut.metrics}
+                )
             async with contextlib.AsyncExitStack() as kept:
-                found = ((out, result.digest), (out_optimizer, result.optimizer_digest))
+                adapter = Blob(cut.adapter.digest, cut.adapter.size_bytes) if cut is not None else None
+                found = (
+                    (out, result.digest),
+                    (out_optimizer, result.optimizer_digest),
+                    (out_adapter, adapter.digest if adapter is not None else None),
+                )
                 files = [(path, digest) for path, digest in found if digest is not None]
                 for _, digest in files:
                     await kept.enter_async_context(self._means.retention.keeping(digest))
                 await self._means.fold_thread.run(self._store, files)
                 optimizer = Blob(result.optimizer_digest, result.optimizer_size_bytes) if result.optimizer_digest is not None else None
                 coverage = min(result.coverage.values(), default=0)
-                outcome = FoldOutcome(Blob(result.digest, result.size_bytes), optimizer, coverage, result.update_norm, dict(result.metrics))
+                outcome = FoldOutcome(
+                    Blob(result.digest, result.size_bytes),
+                    optimizer,
+                    coverage,
+                    result.update_norm,
+                    dict(result.metrics),
+                    adapter,
+                    cut.state.trainables_digest if cut is not None else "",
+                )
                 await self._means.ask(job.job_id, machine.Folded(command.round_number, outcome, ()))
         except DurabilityError as error:
             self._means.give_up(error)
@@ -120,7 +144,12 @@ class Folding:
         try:
             structure = await self._means.disk.run(self._structure_of_round, job) if job.method.prunes else ""
             evaluation = await self._means.host.evaluate(
-                job.machine.prepared.base_folder, job.recipe, self._means.blobs.path(state.digest), heldout, structure
+                job.machine.prepared.base_folder,
+                job.recipe,
+                self._means.blobs.path(state.digest),
+                heldout,
+                structure,
+                triplets=job.machine.plan.ranking is not None,
             )
         except (FleetuneError, OSError) as error:
             if not await self._inspection.check_fresh_state(job):
@@ -128,3 +157,20 @@ class Folding:
                 self._means.post(job.job_id, machine.HostFailed("evaluating", failure))
             return
         self._means.post(job.job_id, machine.HeldoutEvaluated(number, evaluation))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of a folded state, the same as PEFT loads it, and how much that is."""
+
+    state: triplets.Written
+    adapter: triplets.Written
+    metrics: Mapping[str, float]
+
+
+def _cut(state: Path, adapter: Path, alive: Mapping[str, str]) -> _Cut:
+    """Takes the triplets that do not stay out of the state, in its place, and writes its adapter. On the fold thread."""
+    written = triplets.sliced(state, state, alive)
+    made = triplets.as_lora(state, adapter)
+    left = ranking.left(alive)
+    return _Cut(written, made, {TRIPLETS: float(sum(left.values())), MODULES: float(len(left))})

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast, get_args
 
+from fleetune.child import threads
 from fleetune.child.process import ChildDied, ChildError, ChildProcess, OnEvent
 from fleetune.coordinator.domain import Blob, DepthBlock, Evaluation, Failure, FailureKind, Prepared
+from fleetune.coordinator.rounds.triplets import ranks_of
 from fleetune.errors import FleetuneError
 from fleetune.v1 import messages_pb2
 from fleetune.wire import codec
@@ -35,7 +37,7 @@ class ModelHost:
     """Owns the child. Started when first needed, ended a while after `rest` has said that no job needs it, and by `close`."""
 
     def __init__(self, keep_warm_s: float = KEEP_WARM_S) -> None:
-        self._child = ChildProcess(MODULE)
+        self._child = ChildProcess(MODULE, environment=threads.environment())
         self._turn = asyncio.Lock()
         self._keep_warm_s = keep_warm_s
         self._timer: asyncio.TimerHandle | None = None
@@ -46,6 +48,7 @@ class ModelHost:
         out = Path(str(request["out_folder"]))
         answer = await self._ask("prepare", request, on_event)
         files = cast("list[dict[str, object]]", answer["files"])
+        table = codec.read_table(out / "adapter_model.safetensors")
         prepared = Prepared(
             state=Blob(str(answer["state_digest"]), _int(answer["size_bytes"])),
             trainables_digest=str(answer["trainables_digest"]),
@@ -58,13 +61,17 @@ class ModelHost:
             adapter_config=(out / "adapter_config.json").read_text(encoding="utf-8"),
             parameters=_int(answer["parameters"]),
             trainable_parameters=_int(answer["trainable_parameters"]),
-            blocks=_blocks(answer, codec.read_table(out / "adapter_model.safetensors")),
+            blocks=_blocks(answer, table),
+            ranks=ranks_of(table) if request.get("triplets") else {},
         )
         return prepared, out
 
-    async def evaluate(self, base_folder: str, recipe: messages_pb2.Recipe, state: Path, rows: Path, structure: str = "") -> Evaluation:
-        """`structure` is the hex of what is left of the model; empty: all of it."""
+    async def evaluate(
+        self, base_folder: str, recipe: messages_pb2.Recipe, state: Path, rows: Path, structure: str = "", *, triplets: bool = False
+    ) -> Evaluation:
+        """`structure` is the hex of what is left of the model; empty: all of it. `triplets`: whether the state's adapters are such."""
         fields = {
+            "triplets": triplets,
             "structure": structure,
             "base_folder": base_folder,
             "recipe": encode(recipe),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from fleetune.coordinator.domain import ENDED, PlanSettings, PruneSettings, RoundPlan
+from fleetune.coordinator.domain import ENDED, PlanSettings, PruneSettings, RankSettings, RoundPlan
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.methods.base import Method
 from fleetune.coordinator.methods.table import METHODS
@@ -45,6 +45,8 @@ class LiveJob:
     predicted_round: tuple[int, float] | None = None
     """A round, and the seconds that its plan expects from its opening to its commit; set where a plan tells, for the metrics to compare."""
     table: TensorTable | None = None
+    table_of: str = ""
+    """Digest of the state whose tensors `table` tells."""
     keep_rounds: int = 3
     """Rounds kept beside the best: as configured, or fewer where an operator has trimmed it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -116,7 +118,14 @@ def plan_of(job_id: str, spec: JobSpec, absent_grace_s: float) -> JobPlan:
         absent_grace_s=absent_grace_s,
         planning=plan_settings(spec) if METHODS[spec.method.name].plans else None,
         pruning=prune_settings(spec) if METHODS[spec.method.name].prunes else None,
+        ranking=rank_settings(spec) if spec.method.name == "fedara" else None,
     )
+
+
+def rank_settings(spec: JobSpec) -> RankSettings:
+    """How a job file wants its adapters to lose ranks."""
+    method = spec.method
+    return RankSettings(method.ranks_end, method.warm_share, method.final_share, method.arbitration, method.vote_threshold)
 
 
 def prune_settings(spec: JobSpec) -> PruneSettings:

@@ -37,6 +37,7 @@ from fleetune.coordinator.domain import (
     Prepared,
     PruneSettings,
     Pruning,
+    RankSettings,
     RoundEntry,
     RoundPlan,
     TaskEntry,
@@ -44,7 +45,7 @@ from fleetune.coordinator.domain import (
     TaskStatus,
     Update,
 )
-from fleetune.coordinator.rounds import arms, normbound, timing
+from fleetune.coordinator.rounds import arms, normbound, ranking, timing
 from fleetune.coordinator.rounds.arms import Spine
 
 ROUND_ATTEMPTS = 5
@@ -97,6 +98,8 @@ class JobPlan:
     """How rounds are planned; None: every device that is asked does the same."""
     pruning: PruneSettings | None = None
     """How devices prune while they train; None: they do not."""
+    ranking: RankSettings | None = None
+    """How adapters lose ranks; None: they keep them."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +310,8 @@ class SendTask:
     deadline_unix_s: float
     part: PlannedPart | None = None
     """What the round's plan says of it; None for tasks without a plan."""
+    trainables_digest: str = ""
+    """Of `state`, where its tensors are others than those that the job began with."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +351,8 @@ class Fold:
     state: Blob
     optimizer: Blob | None
     contributions: tuple[Contribution, ...]
+    alive: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Module -> which of its triplets stay; empty in jobs that keep their ranks."""
 
 
 @dataclass(frozen=True)
@@ -421,6 +428,10 @@ class JobMachine:
     last_failure_device: str = ""
     spines: dict[str, Spine] = field(default_factory=dict[str, Spine])
     """Device id -> what it has pruned, and what is known of its arms; in jobs that prune."""
+    ranks: dict[str, int] = field(default_factory=dict[str, int])
+    """Module -> triplets that its adapter has now; in jobs whose adapters lose some."""
+    trainables_digest: str = ""
+    """Of the state, where its tensors are others than those that the job began with."""
     figures: dict[str, DeviceFigures] = field(default_factory=dict[str, DeviceFigures])
     """Device id -> what it last told of itself on this job's model; for plans."""
     extra_s: dict[str, float] = field(default_factory=dict[str, float])
@@ -506,6 +517,12 @@ class JobMachine:
         made = {task.device_id: task.update for task in self.round.trained()}
         devices = sorted(task.device_id for task in self.round.tasks.values() if task.kind == "evaluate")
         return tuple(arms.measured(self.plan.pruning, self.spines.get(device), made.get(device), device) for device in devices)
+
+    def ranks_of(self, kind: TaskKind) -> dict[str, int]:
+        """The ranks of the state that tasks of a kind begin with, in the open round: who measures has what is left after the fold."""
+        if self.round is None or self.plan.ranking is None:
+            return {}
+        return ranking.left(self.round.alive) if kind == "evaluate" else self.round.ranks
 
     def wants_devices(self) -> bool:
         return self.status == "waiting" and not self.paused
@@ -593,6 +610,7 @@ class JobMachine:
         if self.status != "preparing":
             return []
         self.prepared, self.state = prepared, prepared.state
+        self.ranks = dict(prepared.ranks) if self.plan.ranking is not None else {}
         if prepared.initial is not None:
             self.best_value = prepared.initial.metrics.get(self.plan.metric)
         self._wait("waits for devices", now)
@@ -633,6 +651,7 @@ class JobMachine:
         self.round = RoundEntry(number, "training", now, deadline, start_state=self.state, norm_limit=norm_limit)
         if self.plan.pruning is not None:
             self.spines, self.round.prunings = arms.choose(self.plan.pruning, self.spines, asked, number, self.plan.rounds, self.plan.seed)
+        self.round.ranks = dict(self.ranks)
         if self.plan.planning is None:
             return self._assign(asked, "train", self.state, now)
         self.unplannable, self.retry_unix_s = ids, 0.0
@@ -869,7 +888,9 @@ class JobMachine:
     def _send(self, entry: TaskEntry, state: Blob) -> SendTask:
         assert self.round is not None
         part = self.round.plan.part_of(entry.device_id) if self.round.plan is not None and entry.kind == "train" else None
-        return SendTask(entry.task_id, entry.device_id, entry.kind, self.round.number, entry.lease, state, self.round.deadline_unix_s, part)
+        number, deadline = self.round.number, self.round.deadline_unix_s
+        trainables = self.round.trainables_digest if entry.kind == "evaluate" else self.trainables_digest
+        return SendTask(entry.task_id, entry.device_id, entry.kind, number, entry.lease, state, deadline, part, trainables)
 
     def _accept_update(self, task_id: str, update: Update, now: float) -> list[Command]:
         entry = self.open_task(task_id)
@@ -899,7 +920,7 @@ class JobMachine:
         self.lease += 1
         entry.status, entry.update, entry.lease, entry.assigned_unix_s = "assigned", None, self.lease, now
         entry.offline_since_unix_s = 0.0 if online else now
-        self.round.phase = "training"
+        self.round.phase, self.round.alive = "training", {}
         if (deadline := self._planned_deadline(now)) > 0:
             # That the disk failed is not the device's fault: it gets the time that the task had at first.
             self.round.deadline_unix_s = deadline
@@ -915,6 +936,7 @@ class JobMachine:
                 commands.append(WithdrawTask(entry.task_id, entry.device_id, "the state to measure was damaged, it is made again"))
             del self.round.tasks[entry.task_id]
         self.round.phase, self.round.state, self.round.optimizer = "folding", None, None
+        self.round.adapter, self.round.trainables_digest = None, ""
         return [*commands, self._fold_command()]
 
     def _accept_evaluation(self, task_id: str, evaluation: Evaluation, now: float) -> list[Command]:
@@ -937,6 +959,8 @@ class JobMachine:
             return self._settle(task_id, "failed", failure.message, now)
         if failure.kind == "out_of_memory" and entry.kind == "train" and (depths := self._depths_of(entry)):
             self.depths_failed[entry.device_id] = min(depths[-1], self.depths_failed.get(entry.device_id, depths[-1]))
+        if failure.kind == "out_of_memory" and entry.kind == "train" and self.plan.pruning is not None and self.round is not None:
+            self.spines = arms.ran_short(self.plan.pruning, self.spines, self.round, entry.device_id)
         row = self.failures_in_row.get(entry.device_id, 0) + 1
         self.failures_in_row[entry.device_id] = row
         if failure.kind in LASTING or row >= DEVICE_FAILURES:
@@ -1060,7 +1084,10 @@ class JobMachine:
         contributions = tuple(
             Contribution(task.device_id, task.update.blob, task.update.samples) for task in self.round.trained() if task.update
         )
-        return Fold(self.round.number, self.round.start_state, self.optimizer, contributions)
+        if self.plan.ranking is not None and self.prepared is not None:
+            settings = replace(self.plan.ranking, first=sum(self.prepared.ranks.values()))
+            self.round.alive = ranking.decided(settings, self.plan.rounds, self.round)
+        return Fold(self.round.number, self.round.start_state, self.optimizer, contributions, dict(self.round.alive))
 
     def _give_up_round(self, reason: str, now: float) -> list[Command]:
         """Too little came of it: it is opened again, a few times."""
@@ -1084,6 +1111,7 @@ class JobMachine:
         if self.round is None or self.round.number != number or self.round.phase != "folding":
             return []
         self.round.state, self.round.optimizer = outcome.state, outcome.optimizer
+        self.round.adapter, self.round.trainables_digest = outcome.adapter, outcome.trainables_digest
         self.round.update_norm, self.round.fold_metrics = outcome.update_norm, dict(outcome.metrics)
         last = number >= self.plan.rounds
         due = last or number % max(1, self.plan.evaluate_every) == 0
@@ -1109,6 +1137,8 @@ class JobMachine:
         entry, self.round = self.round, None
         entry.phase, entry.metrics, entry.evaluation_rows, entry.ended_unix_s = "committed", dict(metrics), rows, now
         self.state, self.optimizer = entry.state, entry.optimizer
+        if self.plan.ranking is not None:
+            self.ranks, self.trainables_digest = ranking.left(entry.alive), entry.trainables_digest
         self.committed, self.attempts, self.setbacks = entry.number, 0, 0
         self._learn(entry)
         if self.plan.pruning is not None:

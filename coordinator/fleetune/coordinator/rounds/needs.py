@@ -50,9 +50,9 @@ def kept_numbers(machine: JobMachine, keep_rounds: int) -> set[int]:
 
 
 def kept_states(job: JobFacts) -> dict[str, Blob]:
-    """The states of the kept rounds by digest."""
+    """What the kept rounds have published, by digest: their states, or the adapters made of them."""
     entries = (job.history.get(number) for number in sorted(kept_rounds(job)))
-    return {entry.state.digest: entry.state for entry in entries if entry is not None and entry.state is not None}
+    return {blob.digest: blob for entry in entries if entry is not None and (blob := entry.published) is not None}
 
 
 def running_states(job: JobFacts) -> dict[str, Blob]:
@@ -61,7 +61,7 @@ def running_states(job: JobFacts) -> dict[str, Blob]:
         return {}
     blobs = [job.machine.state, job.machine.optimizer]
     if (entry := job.machine.round) is not None:
-        blobs += [entry.start_state, entry.state, entry.optimizer]
+        blobs += [entry.start_state, entry.state, entry.optimizer, entry.adapter]
     return {blob.digest: blob for blob in blobs if blob is not None}
 
 
@@ -71,7 +71,8 @@ def fresh_states(job: JobFacts) -> dict[str, Blob]:
     if job.ended or entry is None or entry.phase != "evaluating":
         return {}
     older = {blob.digest for blob in (job.machine.state, job.machine.optimizer, entry.start_state) if blob is not None}
-    return {blob.digest: blob for blob in (entry.state, entry.optimizer) if blob is not None and blob.digest not in older}
+    made = (entry.state, entry.optimizer, entry.adapter)
+    return {blob.digest: blob for blob in made if blob is not None and blob.digest not in older}
 
 
 def open_updates(job: JobFacts) -> dict[str, Blob]:

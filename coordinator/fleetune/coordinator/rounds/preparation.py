@@ -58,6 +58,7 @@ class Preparation:
                 "recipe": encode(job.recipe),
                 "seed": spec.seed,
                 "init_adapter": str(expanded(init)) if init else None,
+                "triplets": job.machine.plan.ranking is not None,
                 "out_folder": str(folder),
             }
 
@@ -81,7 +82,9 @@ class Preparation:
             job.touch()
             heldout = expanded(spec.evaluation.heldout)
             state = self._means.blobs.path(prepared.state.digest)
-            return replace(prepared, initial=await self._means.host.evaluate(prepared.base_folder, job.recipe, state, heldout))
+            of_triplets = job.machine.plan.ranking is not None
+            measured = await self._means.host.evaluate(prepared.base_folder, job.recipe, state, heldout, triplets=of_triplets)
+            return replace(prepared, initial=measured)
         finally:
             job.host_stage = ""
             await self._means.disk.run(shutil.rmtree, folder, ignore_errors=True)

@@ -36,8 +36,9 @@ class Publication:
         gone = [found for number in dropped if (found := await self.round_of(job, number)) is not None]
         # What this round replaced: the optimiser's state before it and, for the first round, the state the job began with.
         before = await self.round_of(job, entry.number - 1)
-        replaced = before.optimizer if before is not None else prepared.state
-        await self._means.retention.forget({blob.digest for blob in (*(old.state for old in gone), replaced) if blob is not None})
+        replaced = (before.optimizer, before.state) if before is not None else (prepared.state,)
+        left = (*(old.published for old in gone), *replaced)
+        await self._means.retention.forget({blob.digest for blob in left if blob is not None})
         job.touch()
 
     def _publish_now(self, job: LiveJob, entry: RoundEntry, prepared: Prepared) -> None:
@@ -56,7 +57,8 @@ class Publication:
             return
         adapter.tidy(self._means.jobs_folder, job.job_id)
         for entry in job.history:
-            if entry.number in needs.kept_rounds(job.facts) and entry.state is not None and self._means.blobs.has(entry.state.digest):
+            tensors = entry.published
+            if entry.number in needs.kept_rounds(job.facts) and tensors is not None and self._means.blobs.has(tensors.digest):
                 found = adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry)
                 if not adapter.is_whole(self._means.jobs_folder, found):  # a power cut may leave a folder of empty files
                     adapter.drop(self._means.jobs_folder, job.job_id, entry.number)
@@ -70,4 +72,4 @@ class Publication:
     async def drop_round(self, entry: RoundEntry) -> None:
         """Everything that an abandoned round has made."""
         await self._drop_updates(entry)
-        await self._means.retention.forget({blob.digest for blob in (entry.state, entry.optimizer) if blob is not None})
+        await self._means.retention.forget({blob.digest for blob in (entry.state, entry.optimizer, entry.adapter) if blob is not None})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fleetune import architectures, structures
+from fleetune import architectures, importances, structures
 from fleetune.architectures import Layout
 from fleetune.errors import WireError
 from fleetune.structures import Structure
@@ -16,6 +16,9 @@ from fleetune.wire.codec import TensorTable
 
 STRUCTURE_KEY = "fleetune.structure"
 """In an update's metadata: hex of what its device's model has left."""
+
+IMPORTANCE_KEY = "fleetune.importance"
+"""The same: how much its heads and neurons matter, as `importances.to_text` writes it."""
 
 Array = npt.NDArray[Any]  # of whatever type the state has
 Indices = npt.NDArray[np.integer]
@@ -63,6 +66,14 @@ def structure_of(table: TensorTable, layout: Layout) -> Structure:
     except ValueError as error:
         raise WireError(f"An update's metadata say {STRUCTURE_KEY} = {word[:40]!r}; hex digits are needed.") from error
     return structures.from_bytes(layout, data)
+
+
+def importance_of(table: TensorTable, layout: Layout) -> str:
+    """How much heads and neurons matter on an update's device, as it tells; empty where it does not. WireError for what is none of it."""
+    word = table.metadata.get(IMPORTANCE_KEY, "") if importances.is_told(layout) else ""
+    if word:
+        importances.from_text(layout, word)
+    return word
 
 
 def table_of(layout: Layout, structure: Structure, whole: TensorTable) -> TensorTable:

@@ -139,17 +139,18 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         job = await self._find(request.job_id, context)
         number = job.machine.best_round if request.best else request.round or job.machine.committed
         entry = await self._engine.round_of(job, number)
-        if entry is None or entry.state is None:
+        tensors = entry.published if entry is not None else None
+        if entry is None or tensors is None:
             known = f"rounds 1 to {job.machine.committed} are committed" if job.machine.committed else "no round is committed yet"
             what = "a best round" if request.best and not number else f"round {number}"
             await context.abort(grpc.StatusCode.NOT_FOUND, f"job {job.job_id} has no {what}: {known}")
-        if not self._engine.blobs.has(entry.state.digest):
-            kept = ", ".join(str(e.number) for e in job.history if e.state and self._engine.blobs.has(e.state.digest))
+        if not self._engine.blobs.has(tensors.digest):
+            kept = ", ".join(str(e.number) for e in job.history if e.published and self._engine.blobs.has(e.published.digest))
             await context.abort(grpc.StatusCode.NOT_FOUND, f"round {number} of job {job.job_id} is no longer kept; kept are {kept}")
         assert job.machine.prepared is not None
         texts = adapter.texts(adapter.Adapter(job.job_id, job.spec, job.machine.prepared, entry))
-        self._engine.retention.hold(entry.state.digest)
-        state = messages_pb2.BlobRef(digest=entry.state.digest, size_bytes=entry.state.size_bytes)
+        self._engine.retention.hold(tensors.digest)
+        state = messages_pb2.BlobRef(digest=tensors.digest, size_bytes=tensors.size_bytes)
         files = [control_pb2.AdapterFile(name=adapter.STATE_FILE, blob=state)]
         files += [control_pb2.AdapterFile(name=name, inline=text.encode()) for name, text in sorted(texts.items())]
         return control_pb2.DescribeAdapterResponse(job_id=job.job_id, round=number, files=files)
@@ -287,6 +288,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         if line is not None and line.telemetry is not None:
             view.telemetry.CopyFrom(line.telemetry)
             view.task_id = line.telemetry.task_id
+            job = self._engine.job_of_task(view.task_id)
+            entry = job.machine.open_task(view.task_id) if job is not None else None
+            if job is not None and entry is not None and entry.device_id == row.device_id:
+                view.task.CopyFrom(convert.work_view(entry, job, frozenset((row.device_id,))))
         return view
 
 

@@ -129,7 +129,21 @@ def greeting(hello: fleet_pb2.Hello, address: str) -> Greeting:
         reason=line(hello.availability.reason, 200),
         address=address,
         link=link(hello.link) if hello.HasField("link") else LinkFigures(),
+        hardware=hardware(hello),
     )
+
+
+HARDWARE_TAG = "class:"
+"""A device's tag that begins so names its class of hardware."""
+
+
+def hardware(hello: fleet_pb2.Hello) -> str:
+    """The device's class of hardware: by its tag, else its board, its accelerator or its kind of processor; devices of one class get one
+    pruned model."""
+    tagged = sorted(tag.removeprefix(HARDWARE_TAG) for tag in hello.tags if tag.startswith(HARDWARE_TAG) and tag != HARDWARE_TAG)
+    profile = hello.profile
+    found = tagged[:1] or [profile.board or profile.accelerator_name or profile.machine or "unknown"]
+    return line(found[0].strip(), PROFILE_CHARS_MAX)
 
 
 CORES_MAX = 4096.0
@@ -200,6 +214,7 @@ def update(header: blob_pb2.UploadHeader) -> Update:
         metrics(report.seconds),
         report.peak_rss_bytes,
         figures=figures(report.figures) if report.HasField("figures") else None,
+        report=report.payload.value,
     )
 
 
@@ -297,7 +312,7 @@ def task(order: Order, device_name: str) -> messages_pb2.Task:
         kind=_KINDS[command.kind],
         method=job.method.name,
         state=messages_pb2.BlobRef(digest=command.state.digest, size_bytes=command.state.size_bytes),
-        trainables_digest=prepared.trainables_digest,
+        trainables_digest=command.trainables_digest or prepared.trainables_digest,
         recipe=job.recipe,
         deadline_s=order.deadline_s,
         # One seed a task: two devices must not shuffle alike. By name, since a device that is set up anew has another id.
@@ -391,6 +406,7 @@ def job_view(job: LiveJob, folder: str, *, online: frozenset[str], waiting: str 
         job_toml=job.toml if history else "",
         devices_minimum=spec.devices.minimum,
         blocks=[block.name for block in prepared.blocks] if prepared is not None and plans else [],
+        newcomers=[work_view(entry, job, online) for entry in state.newcomers.values()],
     )
     current = open_round or job.history.last
     if current is not None:
@@ -432,7 +448,7 @@ def round_view(entry: RoundEntry, job: LiveJob, online: frozenset[str]) -> contr
         download_bytes=entry.download_bytes(),
         updates_folded=len(entry.trained()),
         updates_late=entry.late,
-        adapter_digest=entry.state.digest if entry.state else "",
+        adapter_digest=entry.published.digest if entry.published else "",
     )
     loss = entry.train_loss()
     if loss is not None:
@@ -494,7 +510,8 @@ def failure_message(found: Failure) -> messages_pb2.Failure:
     return messages_pb2.Failure(kind=_FAILURES_BACK[found.kind], stage=found.stage, message=found.message, traceback=found.traceback)
 
 
-def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
+def work_view(entry: TaskEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
+    """What a device does and how far it is; what a round adds to that is `round_view`'s."""
     view = control_pb2.DeviceTask(
         device_name=entry.device_name,
         kind=_KINDS[entry.kind],
@@ -506,6 +523,12 @@ def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: fro
     if progress is not None:
         view.stage = fleet_pb2.TaskStage.ValueType(progress.stage)
         view.done, view.total = progress.done, progress.total
+    return view
+
+
+def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: frozenset[str]) -> control_pb2.DeviceTask:
+    view = work_view(entry, job, online)
+    progress = job.progress.get(entry.task_id)
     loss = entry.update.metrics.get("loss") if entry.update else progress.loss if progress else None
     if loss is not None:
         view.loss = loss
@@ -523,7 +546,11 @@ def _task_view(entry: TaskEntry, in_round: RoundEntry, job: LiveJob, online: fro
 
 def _task_pruning(pruning: Pruning, entry: TaskEntry) -> control_pb2.TaskPruning:
     view = control_pb2.TaskPruning(
-        sparsity_before=pruning.sparsity_before, sparsity_told=pruning.sparsity_after, rank=pruning.rank, pace=pruning.pace
+        sparsity_before=pruning.sparsity_before,
+        sparsity_told=pruning.sparsity_after,
+        rank=pruning.rank,
+        pace=pruning.pace,
+        note=pruning.note,
     )
     if entry.update is not None:
         view.sparsity_after = entry.update.sparsity

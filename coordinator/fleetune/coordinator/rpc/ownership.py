@@ -86,7 +86,7 @@ def may_fetch(jobs: Iterable[LiveJob], device_id: str, digest: str) -> bool:
 def is_adapter(jobs: Iterable[LiveJob], digest: str) -> bool:
     """Whether the blob is an adapter, which every operator may see. Updates of single devices and optimizer states are none."""
     for job in jobs:
-        states = (job.machine.state, *(entry.state for entry in job.history))
+        states = (job.machine.state, *(entry.published for entry in job.history))
         if any(state is not None and state.digest == digest for state in states):
             return True
     return False

@@ -40,6 +40,7 @@ class FedavgLoraTask(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     TRAINS_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps in this round; 0: by epochs."""
     epochs: _builtins.float
@@ -71,6 +72,8 @@ class FedavgLoraTask(_message.Message):
     """What this device multiplies the product of its matrices by. 0: the recipe's alpha / rank."""
     trains: _builtins.str
     """"both", or only the "left" (B) or the "right" (A) matrix of each pair; empty: both."""
+    personal: _builtins.bool
+    """Whether all but A is this device's own: it begins with what it kept of it, keeps it, and sends A alone."""
     def __init__(
         self,
         *,
@@ -92,10 +95,11 @@ class FedavgLoraTask(_message.Message):
         rank: _builtins.int = ...,
         scale: _builtins.float = ...,
         trains: _builtins.str = ...,
+        personal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "proximal_mu", b"proximal_mu", "rank", b"rank", "round", b"round", "rounds", b"rounds", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "steps", b"steps", "trains", b"trains", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "personal", b"personal", "proximal_mu", b"proximal_mu", "rank", b"rank", "round", b"round", "rounds", b"rounds", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "steps", b"steps", "trains", b"trains", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

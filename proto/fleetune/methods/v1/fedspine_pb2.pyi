@@ -42,6 +42,7 @@ class FedspineTask(_message.Message):
     UPDATE_DTYPE_FIELD_NUMBER: _builtins.int
     PROBE_ROWS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
     structure: _builtins.bytes
     """What the device's model keeps when the round begins, as fleetune.structures writes it; empty: everything."""
     sparsity_before: _builtins.float
@@ -73,6 +74,8 @@ class FedspineTask(_message.Message):
     """Rows of the device's own that are measured before and after; fixed by the job's seed."""
     scale: _builtins.float
     """What every device multiplies the product of its matrices by, whatever its rank: so the first directions mean the same to all."""
+    importance: _builtins.bool
+    """Whether the update's metadata are to tell the importance of each head and neuron, where the device knows it."""
     def __init__(
         self,
         *,
@@ -96,10 +99,11 @@ class FedspineTask(_message.Message):
         update_dtype: _builtins.str = ...,
         probe_rows: _builtins.int = ...,
         scale: _builtins.float = ...,
+        importance: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "events", b"events", "gathering_steps", b"gathering_steps", "gradient_accumulation", b"gradient_accumulation", "importance_decay", b"importance_decay", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "probe_rows", b"probe_rows", "rank", b"rank", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "structure", b"structure", "tau", b"tau", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "events", b"events", "gathering_steps", b"gathering_steps", "gradient_accumulation", b"gradient_accumulation", "importance", b"importance", "importance_decay", b"importance_decay", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "probe_rows", b"probe_rows", "rank", b"rank", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "structure", b"structure", "tau", b"tau", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.coordinator.planner import arbitration
-from fleetune.coordinator.planner.arbitration import Budget, Scored
+from fleetune.coordinator.rounds import arbitration
+from fleetune.coordinator.rounds.arbitration import Budget, Scored
 
 RANKS = {"a": 2, "b": 3, "c": 1}
 
