@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,31 @@ async def test_a_thousand_rounds_leave_a_bounded_number_of_states_behind(
     assert len(left) == 10 and newest in left
     assert (folder / "model.safetensors").is_file()
     assert sizes(cache) == {"_held": 0, "_verified": 11}
+
+
+async def test_states_that_fit_are_fetched_without_another_look_at_the_folder(
+    coordinator: FakeCoordinator, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, looks = make_cache(limit_bytes=8 * 1000), 0
+    entries = cache._entries  # pyright: ignore[reportPrivateUsage]
+
+    def counted() -> Iterator[object]:
+        nonlocal looks
+        looks += 1
+        return entries()
+
+    monkeypatch.setattr(cache, "_entries", counted)
+    for _ in range(8):
+        await cache.state(blob(coordinator.add_blob(os.urandom(1000))), nobody)
+    assert looks == 1
+
+
+async def test_the_bound_on_bytes_holds_over_many_states(coordinator: FakeCoordinator, make_cache: MakeCache, tmp_path: Path) -> None:
+    cache = make_cache(limit_bytes=8 * 1000)
+    for number in range(30):
+        newest = await cache.state(blob(coordinator.add_blob(os.urandom(500 + 40 * number))), nobody)
+        held = sum(path.stat().st_size for path in (tmp_path / "cache" / "blobs").iterdir())
+        assert held <= 8 * 1000 and newest.is_file()
 
 
 def sizes(cache: Cache) -> dict[str, int]:

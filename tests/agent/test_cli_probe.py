@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -68,8 +69,10 @@ def test_a_probe_is_kept_and_shown_again_with_its_age(tmp_path: Path) -> None:
     assert json.loads(typed(tmp_path, *words, "--json").stdout)["measured_unix_s"] == first["measured_unix_s"]
 
 
-def test_the_link_is_shown_with_its_age_and_source(tmp_path: Path) -> None:
-    known = LinkFigures(tmp_path / "figures", "coordinator:7433")
+def test_the_link_is_shown_with_its_age_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_unix_s = 1_700_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now_unix_s)
+    known = LinkFigures(tmp_path / "figures", "coordinator:7433", clock=lambda: now_unix_s - 4)
     known.sent(1 << 20, 1.0)
     known.answered(0.02)
     document = known.due()
@@ -78,7 +81,7 @@ def test_the_link_is_shown_with_its_age_and_source(tmp_path: Path) -> None:
     loaded = config.load(None, {}, {"state_dir": str(tmp_path), "link.down_mbps": "20"}, home=tmp_path)
     link = cli_probe.link_report(loaded)
     assert link is not None
-    assert cli_probe.link_words(link) == "up 8.4 Mbit/s (measured, 0 s old), down 20.0 Mbit/s (configured), round trip 20 ms"
+    assert cli_probe.link_words(link) == "up 8.4 Mbit/s (measured, 4 s old), down 20.0 Mbit/s (configured), round trip 20 ms"
 
 
 def test_without_an_agent_that_ran_no_link_is_known(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ async def test_a_stopped_agent_says_goodbye_leaves_no_process_and_prints_no_trac
         children = running.children()
         assert children
         assert await running.end(number) == 0
-        assert coordinator.leaving == ["the agent is being stopped"]
+        await coordinator.until(lambda: coordinator.leaving == ["the agent is being stopped"])
         assert not any(child.is_running() for child in children)
         assert "Traceback" not in running.log
 
@@ -135,9 +135,7 @@ async def test_a_damaged_update_is_reported_as_a_failure_after_the_restart(coord
         os.truncate(file, 1000)
         await running.start()
         await coordinator.until(lambda: bool(coordinator.outcomes))
-        # Two heartbeats later the receipt has long been read.
-        beats = len(coordinator.heartbeats)
-        await coordinator.until(lambda: len(coordinator.heartbeats) >= beats + 2)
+        await running.logged("receipt task=t1")
         await running.end(signal.SIGTERM)
     failure = coordinator.outcomes[0].failure
     assert failure.kind == messages_pb2.FAILURE_KIND_TRANSFER
@@ -155,8 +153,8 @@ async def test_a_child_that_is_killed_is_reported_and_the_next_task_gets_a_new_o
         (child,) = running.children()
         child.suspend()
         coordinator.send(task=echo_task("t2", large))
-        # A stopped child answers nothing: the task is with it once the state is there.
-        await coordinator.until(lambda: any(p.task_id == "t2" and p.done == p.total > 0 for p in coordinator.progress))
+        # A stopped child answers nothing; said right before the task is handed to it.
+        await running.logged("inputs ready task=t2")
         child.kill()
         await coordinator.until(lambda: bool(coordinator.outcomes))
         coordinator.send(task=echo_task("t3", small))
@@ -176,7 +174,7 @@ async def test_a_cancelled_task_ends_its_child_and_sends_nothing(coordinator: Fa
         (child,) = running.children()
         child.suspend()
         coordinator.send(task=echo_task("t2", large))
-        await coordinator.until(lambda: any(p.task_id == "t2" and p.done == p.total > 0 for p in coordinator.progress))
+        await running.logged("inputs ready task=t2")  # right before it is handed to the child
         coordinator.send(cancel=fleet_pb2.CancelTask(task_id="t2", reason="the round is over"))
         coordinator.send(task=echo_task("t3", small))
         await coordinator.until(lambda: coordinator.finished() == ["t1", "t3"])

@@ -19,7 +19,7 @@ from support.fake_coordinator import FakeCoordinator
 from support.jobs import recipe_message
 from support.tiny_models import coloured_rows, tiny_classifier, write_jsonl
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 DEPTHS = 3
 RATE_BITS_PER_S = 2e6

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -24,11 +28,8 @@ async def ping(trainer: Trainer) -> dict[str, object]:
 
 
 async def until_ended(trainer: Trainer) -> None:
-    for _ in range(2000):
-        if trainer.pid is None:
-            return
+    while trainer.pid is not None:  # noqa: ASYNC110  # nobody announces it
         await asyncio.sleep(0.01)
-    raise AssertionError("the child still runs")
 
 
 async def test_requests_go_to_one_child_until_it_is_stopped(trainer: Trainer) -> None:
@@ -58,6 +59,24 @@ async def test_a_task_that_follows_keeps_the_child_warm(trainer: Trainer) -> Non
     trainer.rest(0.0)
     trainer.prepare(with_torch=False)
     assert (await ping(trainer))["pid"] == before["pid"]
+
+
+async def test_a_task_cancelled_while_the_child_starts_leaves_it_to_the_next_one() -> None:
+    trainer = Trainer({"PYTHONPATH": str(Path(__file__).parents[1])}, module="support.pinging_child")
+    trainer.prepare(with_torch=True)
+    while (pid := trainer.pid) is None:  # noqa: ASYNC110  # nobody announces it
+        await asyncio.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)  # the first answer of all is still to come
+    first = asyncio.create_task(ping(trainer))
+    await asyncio.sleep(0)
+    first.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(ping(trainer))
+    await asyncio.sleep(0)
+    os.kill(pid, signal.SIGCONT)
+    assert (await second)["pid"] == pid
+    await trainer.stop()
 
 
 async def test_relief_does_not_end_a_child_that_works(trainer: Trainer) -> None:

@@ -52,6 +52,9 @@ class Cache:
         self._held: Counter[str] = Counter()
         # Digests whose bytes this process has seen to be right.
         self._verified: set[str] = set()
+        # What fits without another look at the folder, whose only writer this is: never more than there is room for.
+        self._spare_bytes = 0
+        self._spare_states = 0
         for name in ("blobs", "base", "partial"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -71,7 +74,9 @@ class Cache:
     async def state(self, blob: Blob, on_bytes: OnBytes) -> Path:
         """The file of a global state, fetched if it is missing. Errors as of Downlink.fetch."""
         path = self._folder / "blobs" / digests.check(blob.digest)
-        if await asyncio.to_thread(self._use_state, path, blob):
+        # Mostly a new state that fits: two questions to the system, which cost less than a turn of a thread.
+        is_new = not path.exists() and self._has_spare(blob.size_bytes)
+        if not is_new and await asyncio.to_thread(self._use_state, path, blob):
             return path
         await self._downlink.fetch(blob, self._partial(blob.digest), path, durable=False, on_bytes=on_bytes)
         self._verified.add(blob.digest)
@@ -158,8 +163,22 @@ class Cache:
                 folders += sorted(snapshots.iterdir())
         return folders
 
+    def _has_spare(self, needed_bytes: int) -> bool:
+        """Whether one more state of this size fits for sure, and then it is taken for there."""
+        if self._spare_states < 1 or self._spare_bytes < needed_bytes or not _has_free(self._folder, needed_bytes + RESERVE_BYTES):
+            return False
+        self._spare_states -= 1
+        self._spare_bytes -= needed_bytes
+        return True
+
     def _make_room(self, needed_bytes: int) -> None:
         """Remove what was used longest ago until `needed_bytes` fit the bounds and the disk, or nothing removable is left."""
+        used, states = self._cleared(needed_bytes)
+        self._spare_bytes = self._limit_bytes - used - needed_bytes
+        self._spare_states = STATES_MAX - states - 1
+
+    def _cleared(self, needed_bytes: int) -> tuple[int, int]:
+        """Bytes and states that are left."""
         entries = sorted(self._entries(), key=lambda entry: entry.used_ns)
         used = sum(entry.size_bytes for entry in entries)
         free = shutil.disk_usage(self._folder).free
@@ -168,7 +187,7 @@ class Cache:
             is_state = entry.path.parent.name == "blobs"
             fits = used + needed_bytes <= self._limit_bytes and free >= needed_bytes + RESERVE_BYTES
             if fits and states < STATES_MAX:
-                return
+                break
             if self._held[entry.path.name] > 0 or (fits and not is_state):
                 continue
             LOG.info("removed from the cache entry=%s/%s bytes=%d", entry.path.parent.name, entry.path.name[:12], entry.size_bytes)
@@ -180,6 +199,7 @@ class Cache:
             states -= is_state
             used -= entry.size_bytes
             free += entry.size_bytes
+        return used, states
 
     def _entries(self) -> Iterator[_Entry]:
         for kind in ("blobs", "partial", "base"):
@@ -195,6 +215,11 @@ def hub_cache(environment: Mapping[str, str], home: Path) -> Path:
         return Path(environment["HF_HUB_CACHE"])
     base = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface")
     return base / "hub"
+
+
+def _has_free(folder: Path, needed_bytes: int) -> bool:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize >= needed_bytes
 
 
 def _has_size(path: Path, size_bytes: int) -> bool:

@@ -38,6 +38,7 @@ from fleetune.agent.renewal import Renewer
 from fleetune.agent.session import Session
 from fleetune.agent.trainer.process import Trainer
 from fleetune.agent.uplink import Uplink
+from fleetune.child import threads as child_threads
 from fleetune.errors import WireError
 from fleetune.supervisor import Supervisor
 from fleetune.v1 import fleet_pb2, messages_pb2
@@ -85,6 +86,8 @@ class Daemon:
         self._running: asyncio.Task[Result] | None = None
         # Small tasks: what follows a training, the link's probe. Ended with the daemon.
         self._resting: set[asyncio.Task[None]] = set()
+        # Runs from the end of a task until the child begins to cool down, or the next task.
+        self._rest_timer: asyncio.TimerHandle | None = None
         self._bug: asyncio.Future[None] | None = None
         self._received_s: dict[str, float] = {}
         self._closing = False
@@ -106,7 +109,7 @@ class Daemon:
         self._uplink = Uplink(
             links.bulk, self._device_id, self._receipt_of_upload, self._undeliverable, self._upload_progress(), self._link.sent
         )
-        self._trainer = Trainer({"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"})
+        self._trainer = Trainer(child_threads.environment(self._threads))
         cache = Cache(
             self._config.state_dir / "cache",
             self._config.cache_max_bytes,
@@ -143,6 +146,7 @@ class Daemon:
             LOG.info("stopping")
             supervisor.stopping("ends what is under way")
             self._closing = True
+            self._stay_up()
             await self._session.leave("the agent is being stopped")
             for part in parts:
                 part.cancel()
@@ -351,6 +355,7 @@ class Daemon:
                 self._deliveries.put_nowait(command)
 
     def _start(self, task: Task) -> None:
+        self._stay_up()
         run = self._execution.run(task, self._progress_of(task), self._lines_of(task))
         self._running = asyncio.create_task(run, name=f"task {task.task_id}")
         # Not the end of a coroutine of ours: one that is cancelled before its first step never runs a line.
@@ -367,7 +372,14 @@ class Daemon:
             result = ended.result()
         self._dispatch(work.Ended(task.task_id, result))
         if not self._closing and not self._state.unfinished():
-            self._beside(self._rest(task), "rest")
+            self._stay_up()
+            self._rest_timer = asyncio.get_running_loop().call_later(REST_S, lambda: self._beside(self._rest(task), "rest"))
+
+    def _stay_up(self) -> None:
+        """The child does not cool down yet."""
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
 
     def _beside(self, work: Coroutine[None, None, None], name: str) -> None:
         """A small task beside the others."""
@@ -376,10 +388,7 @@ class Daemon:
         beside.add_done_callback(self._rested)
 
     async def _rest(self, task: Task) -> None:
-        """Let the child cool down, unless the next task follows at once: reading the memory opens a few files."""
-        await asyncio.sleep(REST_S)
-        if self._running is not None:
-            return
+        """Let the child cool down. Not before REST_S without a task: reading the memory opens a few files."""
         found = await asyncio.to_thread(memory)
         if self._running is None:
             self._trainer.rest(self._keep_warm_s(found.total_bytes, found.available_bytes, task.keep_warm_s))

@@ -75,8 +75,9 @@ class Downlink:
                     async with self._line.use() as channel:
                         await self._stream(channel, arriving, position, retry, on_bytes)
             finally:
-                # In the one thread of the writes, hence after the last of them; keeps what is there for the next try.
-                self._files.tell(arriving.close)
+                if not arriving.finished:
+                    # In the one thread of the writes, hence after the last of them; keeps what is there for the next try.
+                    self._files.tell(arriving.close)
 
         await retry.run(attempt)
 

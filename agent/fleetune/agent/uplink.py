@@ -203,20 +203,21 @@ class Uplink:
 
     async def _stream(self, channel: grpc.aio.Channel, update: Update, path: Path, offset: int) -> Receipt:
         size_bytes = update.blob.size_bytes
-        reader = _Reader(path, size_bytes, self.chunk_bytes)
         header = convert.upload_header(update, self._device_id, offset)
+        # By the header alone the coordinator knows that the update is on its way; what came with it would stay in its memory meanwhile.
+        requests = [frames.encode_upload(frames.Upload(header))]
+        reader = _Reader(path, size_bytes, self.chunk_bytes, offset)
         pace = self._paces.get(update.task_id)
         if pace is not None:
             pace.bucket.empty()
-        reading: asyncio.Future[tuple[list[bytes], int]] | None = self._files.run(reader.first, header)
+        reading: asyncio.Future[tuple[list[bytes], int]] | None = None
         call = frames.upload(channel)()
         answer = Answer(call)
         timing = _Timing(offset)
         # What fits into the window is not worth a round trip.
         waits = self.hears_turns and size_bytes - offset > wire.SERVER_WINDOW_BYTES
         try:
-            while reading is not None:
-                requests, offset = await reading
+            while requests:
                 pace = self._paces.get(update.task_id)
                 reading = self._files.run(reader.following, _piece_bytes(pace, timing)) if offset < size_bytes else None
                 try:
@@ -238,6 +239,9 @@ class Uplink:
                     timing.begin()
                     if pace is not None:
                         pace.bucket.empty()
+                requests = []
+                if reading is not None:
+                    requests, offset = await reading
             else:
                 await call.done_writing()
             response = await call
@@ -248,8 +252,9 @@ class Uplink:
             if reading is not None:
                 # Its error, if any, is second to the one that ends this stream.
                 reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-            # In the one thread of the reads, hence after the last of them; without a wait, in which a cancellation could skip it.
-            self._files.tell(reader.close)
+            if not reader.closed:
+                # In the one thread of the reads, hence after the last of them; without a wait, in which a cancellation could skip it.
+                self._files.tell(reader.close)
         if timing.complete(size_bytes):
             self._on_sample(*timing.sample())
         if not response.HasField("receipt"):
@@ -314,28 +319,28 @@ class _Timing:
 class _Reader:
     """An update file as encoded upload requests. Lives in the one thread that reads; `position` is where the next request starts."""
 
-    def __init__(self, path: Path, size_bytes: int, chunk_bytes: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, size_bytes: int, chunk_bytes: int, offset: int) -> None:
+        """OSError where the file cannot be opened. That is done at once, which costs less than a turn of the thread."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._size_bytes = size_bytes
         self._chunk_bytes = chunk_bytes
-        self._fd = -1
-        self.position = 0
+        self.position = offset
 
-    def first(self, header: blob_pb2.UploadHeader) -> tuple[list[bytes], int]:
-        """The first request, which is the header alone, and the position after it.
-
-        By the header the coordinator knows that the update is on its way; what came with it would stay in its memory until the turn comes.
-        """
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self.position = header.offset
-        return [frames.encode_upload(frames.Upload(header))], self.position
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
 
     def following(self, piece_bytes: int) -> tuple[list[bytes], int]:
-        """The next requests, at most REQUESTS_AHEAD, and the position after them. `piece_bytes` 0 is whole chunks."""
+        """The next requests, at most REQUESTS_AHEAD, and the position after them. `piece_bytes` 0 is whole chunks.
+
+        The file is closed with the last.
+        """
         chunk_bytes = min(piece_bytes or self._chunk_bytes, self._chunk_bytes)
         requests: list[bytes] = []
         while self.position < self._size_bytes and len(requests) < REQUESTS_AHEAD:
             requests.append(frames.encode_upload(frames.Upload(None, self._chunk(chunk_bytes))))
+        if self.position >= self._size_bytes:
+            self.close()
         return requests, self.position
 
     def _chunk(self, chunk_bytes: int) -> frames.Chunk:

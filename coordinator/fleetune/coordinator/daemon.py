@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fleetune import allocator, logs
-from fleetune.coordinator import descriptors, entrance, hangup, room, statelock, tlsfolder
+from fleetune.coordinator import descriptors, entrance, hangup, haste, room, statelock, tlsfolder
 from fleetune.coordinator.certificates import Roster
 from fleetune.coordinator.config import CoordinatorConfig
 from fleetune.coordinator.door import LOOPBACK, Door
@@ -53,6 +53,9 @@ log = logging.getLogger("fleetune.coordinator")
 SPOOL_KEPT_S = 7 * 24 * 3600.0
 """An interrupted upload that nobody has taken up for so long is given up."""
 
+FAILED_END_S = 1.0
+"""An orderly end after a failed flush; a disk that fails may keep the threads that wait for it as long as it likes."""
+
 KEPT_MEMORY_BYTES = 32 << 20
 """Freed memory that stays for the next chunks; the rest goes back to the system."""
 
@@ -80,8 +83,8 @@ def main(config: CoordinatorConfig) -> int:
         try:
             import uvloop
         except ImportError:  # no wheel for this platform: asyncio's own loop is slower, not different
-            return asyncio.run(_serve(config, supervisor))
-        return uvloop.run(_serve(config, supervisor))
+            return asyncio.run(_serve(config, supervisor, haste.end_within))
+        return uvloop.run(_serve(config, supervisor, haste.end_within))
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Running:
     """None where nobody asked for them."""
 
 
-async def _serve(config: CoordinatorConfig, supervisor: Supervisor) -> int:
+async def _serve(config: CoordinatorConfig, supervisor: Supervisor, in_haste: Callable[[float, int], None] | None = None) -> int:
+    """`in_haste` ends the whole process where the end after a failure takes too long; only for one that is nobody else's."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,12 +142,15 @@ async def _serve(config: CoordinatorConfig, supervisor: Supervisor) -> int:
             failed = writer.done()
             if failed and (error := writer.exception()) is not None:
                 log.critical("the engine failed; nothing that was acknowledged is lost, start again", exc_info=error)
+                if in_haste is not None:
+                    in_haste(FAILED_END_S, 1)
             await open_.health_service.enter_graceful_shutdown()
             open_.fleet.drain("the coordinator stops")
             log.info("draining grace_s=%g uploads=%d", config.drain_grace_s, blob_service.receiving)
             await blob_service.idle(config.drain_grace_s if not failed else 0.0)
             open_.fleet.hang_up()
-            await open_.server.stop(grace=min(1.0, config.drain_grace_s))
+            # Where a flush failed nothing more can be acknowledged: whoever still sends would wait for an answer that cannot come.
+            await open_.server.stop(grace=0.0 if failed else min(1.0, config.drain_grace_s))
         finally:
             for task in (writer, stopping, watched):
                 task.cancel()

@@ -53,9 +53,14 @@ PING_TIMEOUT_S = 5.0
 """In grpcio 1.85 only `http2.ping_timeout_ms` notices a frozen peer; keepalive_timeout alone waits a minute."""
 
 HANDSHAKE_S = 10.0
+"""For the whole of a connection's beginning at either end: TCP, TLS and HTTP/2 take four round trips, and a small board seconds for TLS."""
 
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 5.0
+
+IDLE_S = 300.0
+"""A connection without calls for so long is closed, and the next call opens another; gRPC by itself waits half an hour. Of a device at rest
+the one for bulk takes 100 KiB of the coordinator, and of the link a ping every 10 s. Opening it again takes a small board a second."""
 
 Option = tuple[str, int | str]
 
@@ -74,6 +79,8 @@ def server_options() -> list[Option]:
         ("grpc.tsi.max_frame_size", SERVER_RECORD_BYTES),
         # A connection that does not finish its handshake holds a descriptor for no longer than this.
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
+        # What channelz would tell of each connection, if anybody could ask: 1.5 KiB.
+        ("grpc.enable_channelz", 0),
         # Two coordinators on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
     ]
@@ -84,8 +91,10 @@ def channel_options() -> list[Option]:
     return [
         *_common_options(),
         ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_MIN_S * 1000)),
-        ("grpc.min_reconnect_backoff_ms", int(BACKOFF_MIN_S * 1000)),
+        # Not a pause, whatever its name says: the time that each try to connect gets at least.
+        ("grpc.min_reconnect_backoff_ms", int(HANDSHAKE_S * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(BACKOFF_MAX_S * 1000)),
+        ("grpc.client_idle_timeout_ms", int(IDLE_S * 1000)),
         # A connection of its own: channels with equal options otherwise share one, and bulk would starve heartbeats.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.http2.lookahead_bytes", CLIENT_WINDOW_BYTES),

@@ -86,6 +86,13 @@ def check_space(folder: Path, digest: str, missing_bytes: int, reserve_bytes: in
         )
 
 
+def check_declared(digest: str, size_bytes: int, limit_bytes: int | None) -> None:
+    """WireError where a blob declares no bytes, or more than `limit_bytes`, the largest that is allowed here."""
+    if size_bytes <= 0 or (limit_bytes is not None and size_bytes > limit_bytes):
+        allowed = f"1 to {limit_bytes}" if limit_bytes is not None else "1 or more"
+        raise WireError(f"Blob {digest[:12]} declares {size_bytes} bytes; {allowed} are allowed here.")
+
+
 class Spool:
     """Assembles one blob at `path` from contiguous chunks; the file outlives a cut and is taken up again where it ended.
 
@@ -111,9 +118,7 @@ class Spool:
         self.path = path
         self.digest = digests.check(digest)
         self.size_bytes = size_bytes
-        if size_bytes <= 0 or (limit_bytes is not None and size_bytes > limit_bytes):
-            allowed = f"1 to {limit_bytes}" if limit_bytes is not None else "1 or more"
-            raise WireError(f"Blob {digest[:12]} declares {size_bytes} bytes; {allowed} are allowed here.")
+        check_declared(digest, size_bytes, limit_bytes)
         self._hash = digests.running()
         self._position = 0
         self._queued = 0

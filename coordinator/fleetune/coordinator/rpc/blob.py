@@ -15,6 +15,7 @@ import grpc.aio
 from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.orders import Receipt
 from fleetune.coordinator.rpc import convert, gate, ownership
+from fleetune.coordinator.rpc.hotchunks import HotChunks, Response
 from fleetune.coordinator.rpc.limits import Probes
 from fleetune.coordinator.rpc.streams import Abortable, Patience, Readable, begin, hang_up, next_message
 from fleetune.coordinator.rpc.turns import Turns
@@ -23,7 +24,7 @@ from fleetune.errors import DiskFullError, DurabilityError, WireError
 from fleetune.v1 import blob_pb2, messages_pb2
 from fleetune.waiting import happened
 from fleetune.wire import digests, frames
-from fleetune.wire.chunks import CHUNK_BYTES, Spool, SpoolBusyError, read_chunk
+from fleetune.wire.chunks import CHUNK_BYTES, TAIL_BYTES, Spool, SpoolBusyError, check_declared, read_chunk
 from fleetune.workers import Workers
 
 log = logging.getLogger("fleetune.blob")
@@ -51,6 +52,9 @@ CHUNKS_WAITING = 1
 
 SUMS_KEPT = 4096
 """Checksums of chunks that are served again and again: those of 4 GiB."""
+
+HOT_BYTES = (16 << 20) + TAIL_BYTES
+"""The largest blob whose responses are kept in memory while devices fetch it, and all that is kept."""
 
 DISK_THREADS = 4
 
@@ -92,6 +96,7 @@ class BlobService:
         self.traffic = Traffic()
         # By digest, offset and length; used by the disk threads. Two of them may compute one sum twice, which does no harm.
         self._sums: dict[tuple[str, int, int], int] = {}
+        self._hot = HotChunks(HOT_BYTES)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -100,6 +105,7 @@ class BlobService:
         await happened(self._idle, within_s)
 
     def close(self) -> None:
+        self._hot.close()
         self._disk.close()
         self._sync.close()
 
@@ -114,20 +120,35 @@ class BlobService:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except FileNotFoundError:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {request.digest[:12]}")
-            ahead: asyncio.Future[tuple[list[bytes], int]] | None = None
+            ahead: asyncio.Future[list[Response]] | None = None
             try:
                 size = os.fstat(fd).st_size
                 if request.offset > size:
                     await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} in a blob of {size} bytes")
-                position = request.offset
-                ahead = self._disk.run(self._responses, request.digest, fd, position, size, False, True)
+                position, begun = request.offset, False
+                # Of a stream that begins further on, the first response is another: it tells the blob's size, too.
+                hot = self._hot.of(request.digest) if size <= HOT_BYTES and not position else None
                 with Patience(IDLE_S) as patience:
-                    while ahead is not None:
-                        responses, position = await asyncio.shield(ahead)
-                        ahead = self._disk.run(self._responses, request.digest, fd, position, size, turn.aside) if position < size else None
+                    while position < size or not begun:
+                        known = hot.get(position) if hot is not None and ahead is None and not turn.aside else None
+                        if known is not None:
+                            responses = [known]
+                        else:
+                            if ahead is None:
+                                ahead = self._disk.run(self._responses, request.digest, fd, position, size, turn.aside, not begun)
+                            responses = await asyncio.shield(ahead)
+                            ahead = None
+                        if hot is not None and not turn.aside:
+                            begins = position
+                            for response in responses:
+                                self._hot.put(request.digest, begins, response)
+                                begins = response.end
+                        position, begun = responses[-1].end, True
+                        if position < size and (hot is None or position not in hot or turn.aside):
+                            ahead = self._disk.run(self._responses, request.digest, fd, position, size, turn.aside)
                         for response in responses:
-                            await patience.on(context.write(response))
-                            self.traffic.sent_bytes += len(response)
+                            await patience.on(context.write(response.encoded))
+                            self.traffic.sent_bytes += len(response.encoded)
             except asyncio.TimeoutError:
                 await hang_up(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {IDLE_S:g} s; resume where it ended")
             finally:
@@ -262,16 +283,18 @@ class BlobService:
         self, header: blob_pb2.UploadHeader, arrived: list[frames.Chunk], context: _UploadContext, patience: Patience
     ) -> blob_pb2.UploadResponse:
         busy: asyncio.Future[None] | asyncio.Future[str] | None = None
-        spool: Spool | None = None
+        arriving = self._arriving(header)
         sending = False
         try:
             # A slot is for the bytes on their way; waiting for the disk and the commit takes no memory, and many can wait for one.
             async with self.transfers.one():
                 # The device keeps its chunks until it sees this: an upload that waits holds no memory here.
                 await begin(context)
-                spool = await self._opened(header, arrived)
-                arrived.clear()
-                if not spool.complete:  # else it came with its header, and nothing is left to be shared
+                if arrived or header.offset:
+                    busy, arrived = self._disk.run(arriving.add, arrived), []
+                    await asyncio.shield(busy)
+                    busy = None
+                if not arriving.complete:  # else it came with its header, and nothing is left to be shared
                     self._engine.uplinks.began(header.task_id)
                     sending = True
                 # Chunks are written and hashed while the next ones are on their way; what arrives meanwhile goes in one turn.
@@ -288,15 +311,17 @@ class BlobService:
                         await asyncio.shield(busy)
                         busy = None
                     if arrived and busy is None:
-                        busy, arrived = self._disk.run(spool.add_all, arrived), []
+                        busy, arrived = self._disk.run(arriving.add, arrived), []
                 if busy is not None:
                     await asyncio.shield(busy)
                     busy = None
-                if arrived:
+                if arrived or arriving.spool is None:
                     # None of it may stay in memory until the commit.
-                    busy, arrived = self._disk.run(spool.add_all, arrived), []
+                    busy, arrived = self._disk.run(arriving.add, arrived), []
                     await asyncio.shield(busy)
                     busy = None
+            spool = arriving.spool
+            assert spool is not None
             if not spool.complete:
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"the stream ended at byte {spool.position} of {header.blob.size_bytes}; resume there"
@@ -313,43 +338,24 @@ class BlobService:
             if sending:
                 self._engine.uplinks.ended(header.task_id)
             if busy is not None:  # the thread has the spool in hand, also where this stream was cut
-                await asyncio.wait({busy})
+                if not busy.done():
+                    await asyncio.wait({busy})
                 busy.exception()
-            if spool is not None:
-                spool.close()
+            if arriving.spool is not None:
+                arriving.spool.close()
 
-    async def _opened(self, header: blob_pb2.UploadHeader, arrived: Sequence[frames.Chunk]) -> Spool:
-        """The spool with what came with the header: for a small update one turn of a thread instead of two."""
+    def _arriving(self, header: blob_pb2.UploadHeader) -> _Arriving:
+        """WireError where it declares more than is allowed."""
         most = ownership.update_bytes_max(self._engine.job_of_task(header.task_id))
         limit_bytes = self._max_update_bytes if most is None else min(most, self._max_update_bytes)
+        check_declared(header.blob.digest, header.blob.size_bytes, limit_bytes)
+        return _Arriving(self._blobs, header, limit_bytes)
 
-        def opened() -> Spool:
-            # One spool for a task: a device must not fill the disk with the beginnings of ever other updates.
-            self._blobs.clean_spool_of(header.task_id, header.blob)
-            spool = self._blobs.spool(header.task_id, header.blob, limit_bytes)
-            try:
-                spool.add_all(arrived)
-            except BaseException:
-                spool.close()
-                raise
-            return spool
-
-        opening = self._disk.run(opened)
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:  # the stream was cut: what the thread is about to open must not stay open
-            await asyncio.wait({opening})
-            if opening.exception() is None:
-                opening.result().close()
-            raise
-
-    def _responses(
-        self, digest: str, fd: int, position: int, size: int, slow: bool = False, first: bool = False
-    ) -> tuple[list[bytes], int]:
-        """The next encoded responses, and where those after them begin. Reads the disk."""
-        messages: list[bytes] = []
+    def _responses(self, digest: str, fd: int, position: int, size: int, slow: bool, first: bool = False) -> list[Response]:
+        """The next responses, at least one. Reads the disk."""
+        found: list[Response] = []
         most, ahead = (SLOW_CHUNK_BYTES, 1) if slow else (CHUNK_BYTES, RESPONSES_AHEAD)
-        while position < size and len(messages) < ahead:
+        while position < size and len(found) < ahead:
             # The devices of a round fetch the same state: its checksums are computed for the first of them.
             known = self._sums.get((digest, position, most))
             chunk = read_chunk(fd, position, size, most, crc32=known)
@@ -357,13 +363,38 @@ class BlobService:
                 if len(self._sums) >= SUMS_KEPT:
                     self._sums.clear()
                 self._sums[digest, position, most] = chunk.crc32
-            messages.append(frames.encode_download(frames.Download(chunk, size if first and not messages else 0)))
             position += len(chunk.data)
-        return messages or [frames.encode_download(frames.Download(None, size))], position
+            found.append(Response(frames.encode_download(frames.Download(chunk, size if first and not found else 0)), position))
+        return found or [Response(frames.encode_download(frames.Download(None, size)), position)]
 
     @staticmethod
     def _answer(header: blob_pb2.UploadHeader, receipt: Receipt) -> blob_pb2.UploadResponse:
         return blob_pb2.UploadResponse(receipt=convert.receipt(header.task_id, header.lease, receipt))
+
+
+class _Arriving:
+    """An update on its way into its spool, which is opened with the first bytes: one turn of a thread for both.
+
+    `add` blocks on disk, and is called by one thread at a time.
+    """
+
+    def __init__(self, blobs: BlobStore, header: blob_pb2.UploadHeader, limit_bytes: int) -> None:
+        self._blobs = blobs
+        self._header = header
+        self._limit_bytes = limit_bytes
+        self.spool: Spool | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.spool is not None and self.spool.complete
+
+    def add(self, arrived: Sequence[frames.Chunk]) -> None:
+        """Errors as of a Spool."""
+        if self.spool is None:
+            # One spool for a task: a device must not fill the disk with the beginnings of ever other updates.
+            self._blobs.clean_spool_of(self._header.task_id, self._header.blob)
+            self.spool = self._blobs.spool(self._header.task_id, self._header.blob, self._limit_bytes)
+        self.spool.add_all(arrived)
 
 
 async def _next(context: Readable, patience: Patience) -> frames.Upload | None:

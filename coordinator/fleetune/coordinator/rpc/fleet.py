@@ -57,30 +57,57 @@ _REFUSALS = {
 }
 
 
-@dataclass
+@dataclass(slots=True)
 class Line:
-    """One live stream: what is to be sent on it, and what it last said. Written only by the fleet service."""
+    """One live stream: what is to be sent on it, and what it last said. Written only by the fleet service.
+
+    A fleet at rest has one of these for each device, hence neither a queue nor an event of asyncio, which take 3 KiB.
+    """
 
     session: Session
     hello: fleet_pb2.Hello
-    outbound: asyncio.Queue[fleet_pb2.SessionResponse | None] = field(default_factory=lambda: asyncio.Queue(OUTBOUND_MAX))
     telemetry: fleet_pb2.Heartbeat | None = None
-    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    outbound: list[fleet_pb2.SessionResponse] = field(default_factory=list[fleet_pb2.SessionResponse])
+    """Waits to be sent, in this order."""
+    cut: bool = False
     last_words: tuple[grpc.StatusCode, str] | None = None
     """What the agent is told where its own doing ends the stream."""
+    _news: asyncio.Future[None] | None = None
 
     def send(self, message: fleet_pb2.SessionResponse) -> None:
-        try:
-            self.outbound.put_nowait(message)
-        except asyncio.QueueFull:
-            if not self.cut.is_set():
-                log.warning("device=%s reads nothing, its stream is cut", self.session.greeting.name)
-            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{OUTBOUND_MAX} messages wait and none is read")
+        if len(self.outbound) < OUTBOUND_MAX:
+            self.outbound.append(message)
+            self.stir()
+            return
+        if not self.cut:
+            log.warning("device=%s reads nothing, its stream is cut", self.session.greeting.name)
+        self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{OUTBOUND_MAX} messages wait and none is read")
 
     def end(self, code: grpc.StatusCode, why: str) -> None:
         """Cut it for what the agent does."""
         self.last_words = (code, why)
-        self.cut.set()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """End the stream."""
+        self.cut = True
+        self.stir()
+
+    def stir(self, _: object = None) -> None:
+        """Wake who waits for `news`."""
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def news(self) -> None:
+        """Wait until something is to be sent, the stream is to end, or a task of it has ended.
+
+        For one waiter, who has just looked at all that: what came before is not told again.
+        """
+        self._news = asyncio.get_running_loop().create_future()
+        try:
+            await self._news
+        finally:
+            self._news = None
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
@@ -162,15 +189,23 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         # be given once more.
         self._engine.device_online(line.session, held, running)
         await self._save(line.session.greeting, line.hello)
-        writer = asyncio.create_task(self._write(line, context), name=f"to {name}")
         reader = asyncio.create_task(self._read(line, context), name=f"from {name}")
-        cutter = asyncio.create_task(line.cut.wait(), name=f"cut {name}")
+        reader.add_done_callback(line.stir)
+        writer: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait({writer, reader, cutter}, return_when=asyncio.FIRST_COMPLETED)
+            while not (line.cut or reader.done() or _failed(writer)):
+                if writer is not None and writer.done():
+                    writer = None
+                if line.outbound and writer is None:
+                    # Only while there is something to send: an idle stream has one task beside this one.
+                    writer = asyncio.create_task(self._write(line, context), name=f"to {name}")
+                    writer.add_done_callback(line.stir)
+                await line.news()
         finally:
-            for task in (writer, reader, cutter):
+            tasks = [task for task in (writer, reader) if task is not None]
+            for task in tasks:
                 task.cancel()
-            results = await asyncio.gather(writer, reader, cutter, return_exceptions=True)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, grpc.aio.BaseError | asyncio.TimeoutError):
                     log.error("device=%s session failed", name, exc_info=result)
@@ -209,7 +244,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def hang_up(self) -> None:
         """End all streams."""
         for line in self.lines.values():
-            line.cut.set()
+            line.hang_up()
 
     async def _hello(self, context: Context) -> fleet_pb2.Hello | None:
         try:
@@ -269,7 +304,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             return None
         old = self.lines.get(greeting.device_id)
         if old is not None:
-            old.cut.set()
+            old.hang_up()
         line = Line(verdict, hello)
         self.lines[greeting.device_id] = line
         line.send(
@@ -302,11 +337,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         await self._database.write(lambda tx: records.save_device(tx, row))
 
     async def _write(self, line: Line, context: Context) -> None:
-        while True:
-            message = await line.outbound.get()
-            if message is None:
-                return
-            await context.write(message)
+        """Send what waits."""
+        while line.outbound:
+            await context.write(line.outbound.pop(0))
 
     async def _read(self, line: Line, context: Readable) -> None:
         bucket = Bucket(self._monotonic())
@@ -416,6 +449,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             greeting = line.session.greeting
             with contextlib.suppress(asyncio.QueueFull):
                 await self._engine.admission.add_log(task_id, greeting.device_id, greeting.name, lines)
+
+
+def _failed(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _round_of(task_id: str) -> int:

@@ -202,7 +202,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Known:
     principal: Principal
     until_unix_s: float
@@ -218,7 +218,7 @@ _METHOD: contextvars.ContextVar[str] = contextvars.ContextVar("fleetune-method")
 _REFUSALS: contextvars.ContextVar[Refusals] = contextvars.ContextVar("fleetune-refusals")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Caller:
     """The open calls of one principal."""
 
