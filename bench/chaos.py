@@ -6,7 +6,8 @@ with the same bytes, and the coordinator's state folder must pass every rule of 
     python bench/chaos.py --coordinator-kills 20
     python bench/chaos.py --agent-kills 20 --seed 7
     python bench/chaos.py --cuts 10 --cut-mib 20
-    python bench/chaos.py --all
+    python bench/chaos.py --stops 20
+    python bench/chaos.py --all --write
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -31,7 +31,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import report
+import sections
 from fleet import Fleet
 from proxy import Proxy
 
@@ -54,9 +54,10 @@ STARTING_SHARE = 0.15
 ROUNDS_PER_FAULT = 1.5
 RESENT_MAX_BYTES = 2 * chunks.CHUNK_BYTES
 READY_MAX_S = 5.0
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- chaos:begin -->", "<!-- chaos:end -->"
+STOPPED_MAX_S = 15.0
+"""From SIGTERM to the end: the grace that uploads have, and what closing takes."""
 
+_DRAINING = re.compile(r"draining grace_s=\S+ uploads=(\d+)")
 _RECEIVED = re.compile(r"task received task=(\S+) ")
 _RECEIPT = re.compile(r"receipt task=(\S+) lease=\d+ status=(\w+)")
 
@@ -93,6 +94,11 @@ class Outcome:
     ready_s: list[float] = field(default_factory=list[float])
     first_accepted_s: list[float] = field(default_factory=list[float])
     resent_bytes: list[int] = field(default_factory=list[int])
+    stopped_s: list[float] = field(default_factory=list[float])
+    uploads: int = 0
+    """Under way when the coordinator was told to stop, over all stops."""
+    wrong_codes: list[int] = field(default_factory=list[int])
+    """Of stops that did not end with 0."""
 
     @property
     def missed(self) -> list[str]:
@@ -110,6 +116,10 @@ class Outcome:
             found.append(f"ready again only after {max(self.ready_s):.2f} s, {READY_MAX_S:g} s are allowed")
         if self.resent_bytes and max(self.resent_bytes) > RESENT_MAX_BYTES:
             found.append(f"{max(self.resent_bytes)} bytes were sent again after a cut, {RESENT_MAX_BYTES} are allowed")
+        if self.wrong_codes:
+            found.append(f"{len(self.wrong_codes)} stops ended with another code than 0: {self.wrong_codes[:5]}")
+        if self.stopped_s and max(self.stopped_s) > STOPPED_MAX_S:
+            found.append(f"stopped only after {max(self.stopped_s):.2f} s, {STOPPED_MAX_S:g} s are allowed")
         return found
 
 
@@ -262,7 +272,29 @@ async def cuts(plan: Plan, folder: Path) -> Outcome:
     return _judged(outcome, fleet, folder)
 
 
-MODES = {"coordinator kills": coordinator_kills, "agent kills": agent_kills, "link cuts": cuts}
+async def stops(plan: Plan, folder: Path) -> Outcome:
+    """The coordinator gets SIGTERM while updates are on their way, and is started again once it has ended."""
+    outcome, rng = Outcome(plan), random.Random(plan.seed)
+
+    async def disturb(run: Run) -> None:
+        async for pause_s in _instants(plan, run, rng, outcome.undisturbed_s):
+            await asyncio.sleep(pause_s)
+            code, took_s = await run.fleet.stop_coordinator()
+            outcome.faults += 1
+            outcome.stopped_s.append(took_s)
+            outcome.wrong_codes += [code] if code else []
+            started_s = time.monotonic()
+            await run.fleet.start_coordinator()
+            outcome.ready_s.append(time.monotonic() - started_s)
+
+    async with Fleet(folder, plan.agents, options=OPTIONS, plaintext=plan.plaintext) as fleet:
+        await _both(plan, fleet, outcome, disturb)
+        said = (folder / "coordinator.log").read_text(encoding="utf-8", errors="replace")
+        outcome.uploads = sum(map(int, _DRAINING.findall(said)))
+    return _judged(outcome, fleet, folder)
+
+
+MODES = {"coordinator kills": coordinator_kills, "agent kills": agent_kills, "link cuts": cuts, "coordinator stops": stops}
 
 
 async def _both(plan: Plan, fleet: Fleet, outcome: Outcome, disturb: Disturb, measure: Disturb | None = None) -> None:
@@ -348,6 +380,11 @@ def text(outcome: Outcome) -> str:
         lines.append(f"  ready        {_spread(outcome.ready_s)} after the restart")
     if outcome.first_accepted_s:
         lines.append(f"  first update {_spread(outcome.first_accepted_s)} after the restart")
+    if outcome.stopped_s:
+        lines.append(
+            f"  stopped      {_spread(outcome.stopped_s)} after SIGTERM, {len(outcome.wrong_codes)} with another code than 0; "
+            f"{outcome.uploads} uploads were under way"
+        )
     if outcome.resent_bytes:
         mean, most = statistics.mean(outcome.resent_bytes) / MIB, max(outcome.resent_bytes) / MIB
         lines.append(f"  sent again   {mean:.2f} MiB a cut, at most {most:.2f} MiB; allowed {RESENT_MAX_BYTES / MIB:g} MiB")
@@ -367,6 +404,7 @@ _COLUMNS = (
     "final adapter",
     "ready again, p50 / max",
     "first accepted update, p50 / max",
+    "stopped after SIGTERM, p50 / max",
     "sent again a cut, mean / max",
 )
 
@@ -379,7 +417,7 @@ def section(outcomes: Sequence[Outcome], command: str) -> str:
         "An `echo` job with quorum = all devices, undisturbed and then under faults at random instants spread over its rounds, with",
         "real processes. Afterwards the history checker judges the coordinator's state folder against the receipts that devices got.",
         "",
-        f"Measured on {datetime.date.today().isoformat()} with `{command}` on {report.machine()}.",
+        sections.measured(command),
         f"Load of the machine at the end of each: {', '.join(f'{outcome.load:.1f}' for outcome in outcomes)}.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
@@ -397,6 +435,7 @@ def section(outcomes: Sequence[Outcome], command: str) -> str:
             "identical" if outcome.identical else "differs",
             _cell(outcome.ready_s, "s"),
             _cell(outcome.first_accepted_s, "s"),
+            _cell(outcome.stopped_s, "s"),
             f"{statistics.mean(resent):.2f} / {max(resent):.2f} MiB" if resent else "",
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -408,28 +447,19 @@ def _cell(values: Sequence[float], unit: str) -> str:
     return f"{statistics.median(values):.2f} / {max(values):.2f} {unit}" if values else ""
 
 
-def write(outcomes: Sequence[Outcome], command: str, page: Path = PAGE) -> None:
-    """Put the section between the page's markers, or at its end where it has none."""
-    old = page.read_text(encoding="utf-8")
-    if BEGIN not in old:
-        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{section(outcomes, command)}\n{END}{after}", encoding="utf-8")
-
-
 def as_json(outcome: Outcome) -> dict[str, object]:
     return {**asdict(outcome), "missed": outcome.missed}
 
 
 def _plans(given: argparse.Namespace) -> list[Plan]:
-    wanted = (100, 100, 50) if given.all else (given.coordinator_kills, given.agent_kills, given.cuts)
+    wanted = (100, 100, 50, 20) if given.all else (given.coordinator_kills, given.agent_kills, given.cuts, given.stops)
     plans: list[Plan] = []
     for mode, faults in zip(MODES, wanted, strict=True):
         if faults:
             cutting = mode == "link cuts"
             rounds = given.rounds or (faults if cutting else max(10, 2 * faults))
-            mib = given.cut_mib if cutting else given.mib
+            # A stop is to find uploads under way, as a cut is.
+            mib = given.cut_mib if cutting or mode == "coordinator stops" else given.mib
             plans.append(Plan(mode, faults, given.agents, mib, max(rounds, faults if cutting else 1), given.seed, given.plaintext))
     return plans
 
@@ -440,7 +470,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--coordinator-kills", type=int, default=0, metavar="N", help="kill -9 of the coordinator")
     parser.add_argument("--agent-kills", type=int, default=0, metavar="N", help="kill -9 of agents")
     parser.add_argument("--cuts", type=int, default=0, metavar="N", help="connections cut by a proxy, one a round")
-    parser.add_argument("--all", action="store_true", help="100, 100 and 50 of them, written to docs/benchmarks.md")
+    parser.add_argument("--stops", type=int, default=0, metavar="N", help="SIGTERM to the coordinator")
+    parser.add_argument("--all", action="store_true", help="100, 100, 50 and 20 of them")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     parser.add_argument("--agents", type=int, default=8, help="agent processes")
     parser.add_argument("--mib", type=float, default=1.0, help="size of the state under kills in MiB")
     parser.add_argument("--cut-mib", type=float, default=20.0, help="size of the state under cuts in MiB")
@@ -450,11 +482,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files lie")
     parser.add_argument("--keep", action="store_true", help="leave the files of a run in which something was missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_args(words)
     given.seed = given.seed or random.SystemRandom().randrange(1, 2**31)
     plans = _plans(given)
     if not plans or min(given.agents, given.mib, given.cut_mib) <= 0:
-        parser.error("name --coordinator-kills, --agent-kills, --cuts or --all; sizes are above 0")
+        parser.error("name --coordinator-kills, --agent-kills, --cuts, --stops or --all; sizes are above 0")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"seed {given.seed}", flush=True)
     outcomes: list[Outcome] = []
@@ -477,8 +510,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if given.json is not None:
         given.json.write_text(json.dumps([as_json(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
-    if given.all:
-        write(outcomes, f"python bench/chaos.py --all --seed {given.seed}")
+    if given.write:
+        seed = [] if "--seed" in words else ["--seed", str(given.seed)]
+        sections.put("chaos", section(outcomes, " ".join(["python bench/chaos.py", *words, *seed])))
     return 1 if any(outcome.missed for outcome in outcomes) else 0
 
 

@@ -1,18 +1,21 @@
 """DEFT on real processes: round latency by solver on unequal devices, and what each layout learns in the same time.
 
     .venv/bin/python bench/deft.py latency [--fleets 3] [--write]       # root: namespaces, shaped links, quotas
-    .venv/bin/python bench/deft.py learning --data FOLDER [--alpha 0.5] [--seeds 3] [--write]
+    .venv/bin/python bench/deft.py learning --data FOLDER [--alphas 0 0.5] [--seeds 3] [--out FOLDER] [--within-s 1200] [--write]
 
 latency: 8 devices whose quotas of processor time (at most 1.5 cores together) and solo link rates are 4 times apart train a decoder of
 6 layers, whose own weights are the payload. Airtime is the shared resource, and shares are hard caps for every solver.
-learning: 8 devices fine-tune MiniLM on TREC-6; accuracy by seconds and by rows for DEFT, depth-aware data parallelism and federated LoRA.
-Of several seeds, each of which seeds the split, the adapter and the order of rows, the median counts.
+learning: 8 devices fine-tune MiniLM on TREC-6; accuracy by rows and by the devices' processor seconds, which a busy machine does not
+stretch as it does those of the clock, for DEFT, depth-aware data parallelism and federated LoRA. Of several seeds, each of which seeds the
+split, the adapter and the order of rows, the median counts. What was measured lies in --out by split, seed and method: a call does what is
+not there yet, as far as it gets --within-s, and tells all that is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
 import math
@@ -21,8 +24,9 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,12 @@ import plot
 import report
 import sections
 import trec6
+from fleet import Fleet
+from minilm import minilm_folder
 from netfleet import Board, NetFleet
 
 from fleetune.coordinator import watch
+from fleetune.coordinator.client import Client
 from fleetune.coordinator.demo import split
 from fleetune.v1 import control_pb2
 
@@ -88,14 +95,16 @@ def main() -> int:
     learning.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER", help="train.jsonl, test.jsonl and labels.json, as bench/trec6.py"
     )
-    learning.add_argument("--rows", type=int, default=24_576, help="passed forward by each method")
-    learning.add_argument("--points", type=int, default=12, help="of each curve")
+    learning.add_argument("--rows", type=int, default=6144, help="passed forward by each method")
+    learning.add_argument("--points", type=int, default=6, help="of each curve")
     learning.add_argument("--learning-rate", type=float, default=2e-3)
-    learning.add_argument("--alpha", type=float, default=0.0, help="of a Dirichlet split; 0 deals the rows evenly")
+    learning.add_argument("--alphas", type=float, nargs="+", default=[0.0], help="of Dirichlet splits; 0 deals the rows evenly")
     learning.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ...")
     learning.add_argument("--first-seed", type=int, default=0)
     learning.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
-    learning.add_argument("--write", action="store_true", help="put table and picture into docs/")
+    learning.add_argument("--out", type=Path, help="folder of what was measured, to go on with at the next call")
+    learning.add_argument("--within-s", type=float, default=math.inf, help="begin nothing that would be likely to end after so long")
+    learning.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
     options = parser.parse_args()
     print(f"{report.machine()}\ncommand: {_command()}", flush=True)
     return _latency(options) if options.part == "latency" else _learning(options)
@@ -270,39 +279,156 @@ STEPS, BATCH_ROWS = 8, 16
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy after so many rows (passed forward, all devices) and so many seconds of rounds."""
+    """Accuracy after so many rows (passed forward, all devices) and so many seconds, of the devices' processors and of rounds."""
 
     rows: tuple[int, ...]
+    cpu_s: tuple[float, ...]
     seconds: tuple[float, ...]
     accuracy: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A split and a seed, on which every method's job runs in turn."""
+
+    alpha: float
+    seed: int
+
+    @property
+    def words(self) -> str:
+        return f"{f'Dirichlet({self.alpha:g})' if self.alpha else 'IID'}, seed {self.seed}"
+
+    def file(self, out: Path, learner: str) -> Path:
+        split_ = f"dirichlet-{self.alpha:g}" if self.alpha else "iid"
+        return out / f"{split_}-seed-{self.seed}-{learner.replace(' ', '-').replace(',', '')}.json"
+
+    def deal(self, data: Path, folder: Path) -> list[Path]:
+        """Each device's rows, in files of the same names for every piece."""
+        return _dealt(data, folder, self.alpha, self.seed)
+
+
 def _learning(options: argparse.Namespace) -> int:
-    labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
-    found: dict[str, list[Curve]] = {name: [] for name in options.learners}
-    # A seed for all methods, then the next: what disturbs the machine for a while disturbs them all.
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for name in options.learners:
-            with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
-                folder = Path(scratch)
-                files = _dealt(options.data, folder, options.alpha, seed)
-                view = asyncio.run(trec6.job(folder, files, _learning_job(name, options, labels, seed)))
-            curve = _curve(view)
-            found[name].append(curve)
-            print(
-                f"{name}, seed {seed}: {view.rounds_committed} rounds, accuracy {curve.accuracy[-1]:.4f} after {curve.rows[-1]:,} rows",
-                flush=True,
-            )
-    text = _learning_table(found, options)
-    print(text)
-    if options.write:
-        kind = "-dirichlet" if options.alpha else ""
-        picture = _DOCS / f"deft{kind}.svg"
-        picture.write_text(_picture({name: middle(curves) for name, curves in found.items()}), encoding="utf-8")
-        sections.put(
-            f"deft-learning{kind}", f"{text}\n\n![accuracy by rows and by seconds]({picture.name})\n\n{sections.measured(_command())}"
-        )
+    with tempfile.TemporaryDirectory(prefix="deft-learning-") as scratch:
+        out = Path(scratch) if options.out is None else options.out
+        out.mkdir(parents=True, exist_ok=True)
+        asyncio.run(_learn(options, out))
+        for alpha in options.alphas:
+            found = _learned(options, out, alpha)
+            if not any(found.values()):
+                continue
+            text = _learning_table(found, alpha, options)
+            print(text)
+            if options.write:
+                kind = "-dirichlet" if alpha else ""
+                picture = _DOCS / f"deft{kind}.svg"
+                picture.write_text(_picture({name: middle(curves) for name, curves in found.items()}), encoding="utf-8")
+                image = f"![accuracy by rows and by processor seconds]({picture.name})"
+                sections.put(f"deft-learning{kind}", f"{text}\n\n{image}\n\n{sections.measured(_command())}")
     return 0
+
+
+async def _learn(options: argparse.Namespace, out: Path) -> None:
+    """What is not there yet: a seed of all splits, then the next, since a seed of each says more than many of one."""
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    pieces = [Piece(alpha, seed) for seed in seeds for alpha in options.alphas]
+    missing = [piece for piece in pieces if any(not _fits(piece.file(out, name), options) for name in options.learners)]
+    if not missing:
+        return
+    begun_s, longest_s = time.monotonic(), 0.0
+    with tempfile.TemporaryDirectory(prefix="deft-") as scratch:
+        folder = Path(scratch)
+        files = missing[0].deal(options.data, folder)
+
+        def settings(number: int) -> list[str]:
+            # Agents on one machine share its cores; more threads than cores would only wait for each other.
+            chosen = ["--data", f"trec6={files[number]}", "--set", "training.cores=1"]
+            return [*chosen, "--set", f"models.minilm={minilm_folder()}"]
+
+        async with Fleet(folder, len(files), agent_options=settings) as fleet, fleet.client() as client:
+            # Children are started, models loaded and devices measured, by each method's own way of training, before anybody's clock runs.
+            warm = [await _followed(client, fleet, _learning_job(name, options, missing[0].seed, rounds=1)) for name in options.learners]
+            used_s = sum(curve.cpu_s[-1] for curve in warm)
+            print(f"{used_s:.0f} s of processors to load and measure, {time.monotonic() - begun_s:.0f} s in all", flush=True)
+            for piece in missing:
+                piece_s = time.monotonic()
+                if piece_s - begun_s + longest_s > options.within_s:
+                    print(f"{piece_s - begun_s:.0f} s are over, a seed may take {longest_s:.0f} s: the same command goes on from here")
+                    return
+                # Into the same files: an agent reads them for each task, and reads anew what has changed.
+                piece.deal(options.data, folder)
+                for name in options.learners:
+                    if not _fits(piece.file(out, name), options):
+                        curve = await _followed(client, fleet, _learning_job(name, options, piece.seed))
+                        _keep(piece.file(out, name), curve, options)
+                        print(f"{piece.words}, {name}: {_curve_words(curve)}", flush=True)
+                longest_s = max(longest_s, time.monotonic() - piece_s)
+
+
+def _curve_words(curve: Curve) -> str:
+    used = f"{curve.cpu_s[-1]:.0f} s of the devices' processors, {curve.seconds[-1]:.0f} s of rounds"
+    return f"accuracy {curve.accuracy[-1]:.4f} after {curve.rows[-1]:,} rows, {used}"
+
+
+def _keep(file: Path, curve: Curve, options: argparse.Namespace) -> None:
+    facts = {"rows_asked": options.rows, "learning_rate": options.learning_rate, "points": options.points}
+    aside = file.with_suffix(".new")
+    aside.write_text(json.dumps({**facts, **asdict(curve)}, indent=1) + "\n", encoding="utf-8")
+    aside.rename(file)
+
+
+def _fits(file: Path, options: argparse.Namespace) -> bool:
+    """Whether a file has what was asked for: of other rows or another rate it is measured again."""
+    if not file.exists():
+        return False
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return bool(told["rows_asked"] == options.rows and told["learning_rate"] == options.learning_rate and told["points"] == options.points)
+
+
+async def _followed(client: Client, fleet: Fleet, toml: str) -> Curve:
+    """A job to its end. What the devices' processes had used is read as each round's end is told."""
+    before_s = _cpu_s(fleet.agents)
+    used_s: dict[int, float] = {}
+    view = control_pb2.JobView()
+    async for view in client.watch(await client.submit(toml)):
+        fleet.check()
+        for item in view.history:
+            used_s.setdefault(item.round, _cpu_s(fleet.agents) - before_s)
+    if view.state != control_pb2.JOB_STATE_COMPLETED:
+        raise SystemExit(f"the job {watch.state_word(view.state)}: {view.message}")
+    return _curve(view, used_s)
+
+
+def _cpu_s(agents: Sequence[int]) -> float:
+    """Processor seconds of agents and of all that they started, ended processes included."""
+    parent: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                # From the third of the line's fields on. User and system time, one's own and that of children waited for, are the 14th
+                # to the 17th.
+                words = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                parent[int(folder.name)] = int(words[1])
+                ticks[int(folder.name)] = sum(int(word) for word in words[11:15])
+    total = 0
+    for process, own in ticks.items():
+        above = process
+        while above and above not in agents:
+            above = parent.get(above, 0)
+        total += own if above else 0
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def _learned(options: argparse.Namespace, out: Path, alpha: float) -> dict[str, list[Curve]]:
+    """The curves of all seeds of which every method's is there."""
+    found: dict[str, list[Curve]] = {name: [] for name in options.learners}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        files = {name: Piece(alpha, seed).file(out, name) for name in options.learners}
+        if all(_fits(file, options) for file in files.values()):
+            for name, file in files.items():
+                told = json.loads(file.read_text(encoding="utf-8"))
+                found[name].append(Curve(*(tuple(told[field.name]) for field in fields(Curve))))
+    return found
 
 
 def middle(curves: Sequence[Curve]) -> Curve:
@@ -313,6 +439,7 @@ def middle(curves: Sequence[Curve]) -> Curve:
 
     return Curve(
         tuple(round(rows) for rows in medians([curve.rows for curve in curves])),
+        tuple(medians([curve.cpu_s for curve in curves])),
         tuple(medians([curve.seconds for curve in curves])),
         tuple(medians([curve.accuracy for curve in curves])),
     )
@@ -327,11 +454,12 @@ def _dealt(data: Path, folder: Path, alpha: float, seed: int) -> list[Path]:
     return trec6.dealt_files(rows, split.iid(len(rows), DEVICES, seed), folder)
 
 
-def _learning_job(name: str, options: argparse.Namespace, labels: Sequence[str], seed: int) -> str:
+def _learning_job(name: str, options: argparse.Namespace, seed: int, rounds: int = 0) -> str:
+    labels = json.loads((options.data / "labels.json").read_text(encoding="utf-8"))
     gradients = name.endswith("gradients")
     steps = 1 if gradients else STEPS
     # DEFT trains one block on each row: as many rounds as pass the same number of rows forward.
-    rounds = max(1, round(options.rows / (DEVICES * steps * BATCH_ROWS)))
+    rounds = rounds or max(1, round(options.rows / (DEVICES * steps * BATCH_ROWS)))
     training = "" if gradients else f"steps = {steps}\n"
     return f"""
 name = "learning"
@@ -353,42 +481,45 @@ metric = "accuracy"
 """
 
 
-def _curve(view: control_pb2.JobView) -> Curve:
+def _curve(view: control_pb2.JobView, used_s: Mapping[int, float]) -> Curve:
     first = watch.metric_of(view.initial_metrics, "accuracy")
     assert first is not None
-    rows, seconds, accuracy = [0], [0.0], [first]
+    rows, cpu_s, seconds, accuracy = [0], [0.0], [0.0], [first]
     passed, spent = 0, 0.0
     for item in view.history:
         passed += sum(task.samples for task in item.tasks)
         spent += item.ended_unix_s - item.started_unix_s
         if (measured := watch.metric_of(item.metrics, "accuracy")) is not None:
             rows.append(passed)
+            cpu_s.append(used_s[item.round])
             seconds.append(spent)
             accuracy.append(measured)
-    return Curve(tuple(rows), tuple(seconds), tuple(accuracy))
+    return Curve(tuple(rows), tuple(cpu_s), tuple(seconds), tuple(accuracy))
 
 
-def _learning_table(found: Mapping[str, Sequence[Curve]], options: argparse.Namespace) -> str:
-    how = f"Dirichlet({options.alpha:g})" if options.alpha else "IID"
-    seeds = "" if options.seeds == 1 else f" Medians of {options.seeds} seeds, of split, adapter and order; least and greatest in brackets."
+def _learning_table(found: Mapping[str, Sequence[Curve]], alpha: float, options: argparse.Namespace) -> str:
+    how = f"Dirichlet({alpha:g})" if alpha else "IID"
+    count = len(next(iter(found.values())))
+    seeds = "" if count == 1 else f" Medians of {count} seeds, of split, adapter and order; least and greatest in brackets."
     lines = [
-        f"## DEFT: what is learned by when, {how}" if options.alpha else "## DEFT: what is learned by when",
+        f"## DEFT: what is learned by when, {how}" if alpha else "## DEFT: what is learned by when",
         "",
         f"TREC-6, MiniLM, LoRA r=8 on query and value, {DEVICES} devices of equal speed on one machine, {how}, batch {BATCH_ROWS}, "
-        f"learning rate {options.learning_rate:g}. Rows are those passed forward, summed over devices; seconds are those of rounds, "
-        f"evaluation included; the planned methods measure their devices in the first one.{seeds}",
+        f"learning rate {options.learning_rate:g}. Rows are those passed forward, summed over devices; seconds are those of the devices' "
+        "processors, agents and training processes together. Models were loaded and devices measured before."
+        f"{seeds}",
         "",
-        f"| method | rows | last accuracy | best | rows to {TARGET:g} | seconds to {TARGET:g} | seconds in all |",
+        f"| method | rows | last accuracy | best | rows to {TARGET:g} | processor seconds to {TARGET:g} | in all |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, curves in found.items():
         curve = middle(curves)
         reached = next((index for index, value in enumerate(curve.accuracy) if value >= TARGET), None)
         rows = "-" if reached is None else f"{curve.rows[reached]:,}"
-        seconds = "-" if reached is None else f"{curve.seconds[reached]:.0f}"
+        seconds = "-" if reached is None else f"{curve.cpu_s[reached]:.0f}"
         lines.append(
             f"| {name} | {curve.rows[-1]:,} | {_spread([one.accuracy[-1] for one in curves])} "
-            f"| {_spread([max(one.accuracy) for one in curves])} | {rows} | {seconds} | {curve.seconds[-1]:.0f} |"
+            f"| {_spread([max(one.accuracy) for one in curves])} | {rows} | {seconds} | {curve.cpu_s[-1]:.0f} |"
         )
     return "\n".join(lines)
 
@@ -400,13 +531,14 @@ def _spread(values: Sequence[float]) -> str:
 
 def _picture(curves: Mapping[str, Curve]) -> str:
     by_rows = {name: list(zip(curve.rows, curve.accuracy, strict=True)) for name, curve in curves.items()}
-    by_seconds = {name: list(zip(curve.seconds, curve.accuracy, strict=True)) for name, curve in curves.items()}
-    return plot.svg([plot.Panel("by rows", "rows", "accuracy", by_rows), plot.Panel("by time", "seconds", "accuracy", by_seconds)])
+    by_seconds = {name: list(zip(curve.cpu_s, curve.accuracy, strict=True)) for name, curve in curves.items()}
+    panels = [plot.Panel("by rows", "rows", "accuracy", by_rows), plot.Panel("by work", "processor seconds", "accuracy", by_seconds)]
+    return plot.svg(panels)
 
 
 def _command() -> str:
     words = list(sys.argv)
-    for option in ("--data", "--keep"):
+    for option in ("--data", "--keep", "--out"):
         # Where they lie is this machine's own business.
         if option in words:
             words[words.index(option) + 1] = "FOLDER"

@@ -6,7 +6,7 @@ The program under test is the one that people run: `strace` injects the faults, 
     python bench/exact.py --calls            # the same with each system call of each thread: SQLite's are among them
     python bench/exact.py --flush-errors 20  # the 1st, 2nd, ... flush fails with EIO
     python bench/exact.py --folds 50         # killed while it folds, and while it publishes
-    python bench/exact.py --all              # all of that, written to docs/benchmarks.md
+    python bench/exact.py --all --write      # all of that, written to docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Outcome:
     wrong_ends: list[str] = field(default_factory=list[str])
     exit_s: list[float] = field(default_factory=list[float])
     took_s: float = 0.0
+    load: float = 0.0
+    """Processes that wanted a core in the last minute."""
 
     def hit(self, point: str) -> None:
         self.points[point] = self.points.get(point, 0) + 1
@@ -359,7 +361,7 @@ def _lived_s(trace: Path) -> float:
 
 
 async def folds(folder: Path, wanted: int, mib: float, seed: int) -> Outcome:
-    """Killed at random instants of a fold and of a publication, in turns."""
+    """Killed at random instants of a fold and of a publication, in turns; each turn until it has hit what it is meant for."""
     outcome, rng = Outcome("kills during fold and publication"), random.Random(seed)
     fold_s, publish_s = 0.05, 0.01
     async with Fleet(folder, AGENTS, options=OPTIONS) as fleet:
@@ -373,7 +375,8 @@ async def folds(folder: Path, wanted: int, mib: float, seed: int) -> Outcome:
             await bench.another(PATH_ROUNDS)
             await fleet.start_coordinator()
             committed = bench.ledger.committed(bench.job_id)
-            if tries % 2:
+            in_fold = outcome.faults % 2 == 0
+            if in_fold:
                 begun_s = await _spin(lambda: bench.phase() == "folding")
                 await asyncio.sleep(rng.uniform(0.0, fold_s))
             else:
@@ -383,8 +386,10 @@ async def folds(folder: Path, wanted: int, mib: float, seed: int) -> Outcome:
             # Where it really fell is told by what it has left.
             number = bench.ledger.committed(bench.job_id)
             published = fleet.state_dir / "jobs" / bench.job_id / "rounds" / f"{number:04d}"
-            if tries % 2 and bench.phase() == "folding":
-                point = "while a round was folded"
+            if in_fold:
+                point = "while a round was folded" if bench.phase() == "folding" else ""
+                if not point:  # a busy machine kills late
+                    fold_s /= 2
             elif number > committed and not published.exists():
                 point = "after a commit, before its folder was there"
             elif number > committed and time.monotonic() - begun_s < 1.0:
@@ -439,6 +444,7 @@ def section(outcomes: Sequence[Outcome], command: str) -> str:
         "receipts included, and every job must end with the undisturbed one's bytes.",
         "",
         sections.measured(command),
+        f"Load of the machine at the end of each: {', '.join(f'{outcome.load:.1f}' for outcome in outcomes)}.",
         "",
         "| faults | kinds of points | violations | jobs, identical | process ended after, p50 / max | took |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -464,12 +470,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--flush-errors", type=int, default=0, metavar="N", help="flushes that fail")
     parser.add_argument("--folds", type=int, default=0, metavar="N", help="kills during fold and publication")
     parser.add_argument("--mib", type=float, default=16.0, help="size of the state that is folded, in MiB")
-    parser.add_argument("--all", action="store_true", help="all steps and calls, 20 and 50 of them, written to docs/benchmarks.md")
+    parser.add_argument("--all", action="store_true", help="all steps and calls, 20 and 50 of them")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     parser.add_argument("--seed", type=int, default=0, help="of the instants; a random one if 0")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files lie")
     parser.add_argument("--keep", action="store_true", help="leave the files of a run in which something was missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_args(words)
     given.seed = given.seed or random.SystemRandom().randrange(1, 2**31)
     if given.all:
         given.steps, given.calls, given.flush_errors, given.folds = True, True, 20, 50
@@ -498,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"files: {place}")
                 else:
                     shutil.rmtree(place, ignore_errors=True)
-            outcome.took_s = time.monotonic() - started_s
+            outcome.took_s, outcome.load = time.monotonic() - started_s, os.getloadavg()[0]
             print(text(outcome), flush=True)
             outcomes.append(outcome)
     except KeyboardInterrupt:
@@ -507,8 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json is not None:
         found = [{**asdict(outcome), "missed": outcome.missed} for outcome in outcomes]
         given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if given.all:
-        sections.put("exact", section(outcomes, f"python bench/exact.py --all --seed {given.seed}"))
+    if given.write:
+        seed = [] if "--seed" in words else ["--seed", str(given.seed)]
+        sections.put("exact", section(outcomes, " ".join(["python bench/exact.py", *words, *seed])))
     return 1 if any(outcome.missed for outcome in outcomes) else 0
 
 

@@ -83,6 +83,17 @@ class Fleet:
         self._coordinator.kill()
         self._coordinator.wait()
 
+    async def stop_coordinator(self) -> tuple[int, float]:
+        """SIGTERM: its exit code, and how many seconds it took to end. RuntimeError where it does not."""
+        assert self._coordinator is not None
+        begun_s = time.monotonic()
+        self._coordinator.terminate()
+        while (code := self._coordinator.poll()) is None:
+            if time.monotonic() - begun_s > READY_S:
+                raise RuntimeError(f"the coordinator did not end within {READY_S:g} s of SIGTERM")
+            await asyncio.sleep(LOOK_S)
+        return code, time.monotonic() - begun_s
+
     def replace_agent(self, number: int) -> None:
         """SIGKILL, and started again at once."""
         self._agents[number].kill()

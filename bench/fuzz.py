@@ -3,10 +3,10 @@
     .venv/bin/python bench/fuzz.py --executions 1000000 --seed 1 [--target spool] [--write docs/benchmarks.md]
     .venv/bin/python bench/fuzz.py --target spool --replay FILE
 
-The targets and what they promise are tests/support/fuzz_targets.py. Where atheris is installed (libFuzzer, guided by coverage), it has
-the first tenth of the executions, half of its mutations by our own mutator, which knows the words of each format. The rest is that
-mutator alone on what was kept before, at about ten times the rate. Each runs in a process of its own. Coverage is measured afterwards,
-by running all that was kept.
+The targets and what they promise are tests/support/fuzz_targets.py and fuzz_methods.py. Where atheris is installed (libFuzzer, guided
+by coverage), it has the first tenth of the executions, half of its mutations by our own mutator, which knows the words of each format.
+The rest is that mutator alone on what was kept before, at about ten times the rate. Each runs in a process of its own. Coverage is
+measured afterwards, by running all that was kept.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--executions", type=int, default=1_000_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--target", action="append", default=[], help="only this one; may be given again")
-    parser.add_argument(
-        "--engine", choices=("both", "atheris", "plain"), default="both" if importlib.util.find_spec("atheris") else "plain"
-    )
+    parser.add_argument("--engine", choices=("both", "atheris", "plain"), default=_default_engine())
     parser.add_argument(
         "--crashes", type=Path, default=Path(tempfile.gettempdir()) / "fleetune-fuzz", help="where crashing inputs are kept"
     )
@@ -116,9 +114,9 @@ def _default_engine() -> str:
 
 def _targets() -> dict[str, tuple[int, list[str]]]:
     """Each target's share and modules. Processes that measure are told them: what is imported before they look gets no counters."""
-    from support import fuzz_targets
+    from support import fuzz_table
 
-    return {name: (kind.share, list(kind.modules)) for name, kind in fuzz_targets.TARGETS.items()}
+    return {name: (kind.share, list(kind.modules)) for name, kind in fuzz_table.TARGETS.items()}
 
 
 def _run(name: str, modules: Sequence[str], executions: int, arguments: argparse.Namespace) -> Report:
@@ -170,9 +168,9 @@ def _clear(pid: int) -> None:
 def _work(arguments: argparse.Namespace) -> int:
     if arguments.engine == "atheris":
         _atheris(arguments)
-    from support import fuzz_engine, fuzz_targets
+    from support import fuzz_engine, fuzz_table
 
-    target = fuzz_targets.TARGETS[arguments.target[0]]()
+    target = fuzz_table.TARGETS[arguments.target[0]]()
     try:
         known = [path.read_bytes() for path in sorted(arguments.corpus.iterdir())]
         outcome = fuzz_engine.fuzz(target, arguments.executions, arguments.seed, known=known)
@@ -194,9 +192,9 @@ def _atheris(arguments: argparse.Namespace) -> NoReturn:
     engine: Any = atheris
     # What is imported inside is given counters: only the readers, or the counters of libraries would guide the engine.
     with engine.instrument_imports(include=arguments.modules, enable_loader_override=False):
-        from support import fuzz_engine, fuzz_targets
+        from support import fuzz_engine, fuzz_table
 
-        target = fuzz_targets.TARGETS[name]()
+        target = fuzz_table.TARGETS[name]()
     mutate = fuzz_engine.mutator(target.words)
     seeds = list(target.seeds())
     executed = 0
@@ -218,7 +216,7 @@ def _atheris(arguments: argparse.Namespace) -> NoReturn:
         "runs": arguments.executions,
         "seed": arguments.seed,
         "max_len": INPUT_BYTES_MAX,
-        "timeout": int(fuzz_engine.HANG_S),
+        "timeout": int(fuzz_engine.HANG_S * fuzz_engine.BLOCKED_FACTOR),
         "artifact_prefix": f"{arguments.crashes}{os.sep}{name}-",
         "print_final_stats": 1,
         "verbosity": 1,
@@ -237,9 +235,9 @@ def _measure(arguments: argparse.Namespace) -> int:
     modules = arguments.modules
     measuring = coverage.Coverage(branch=True, data_file=None, source_pkgs=modules, config_file=False)
     measuring.start()
-    from support import fuzz_engine, fuzz_targets
+    from support import fuzz_engine, fuzz_table
 
-    target = fuzz_targets.TARGETS[arguments.target[0]]()
+    target = fuzz_table.TARGETS[arguments.target[0]]()
     peak = 0
     inputs = [*target.seeds(), *(path.read_bytes() for path in sorted(arguments.corpus.iterdir()))]
     try:
@@ -264,9 +262,9 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 
 def _replay(name: str, path: Path) -> int:
-    from support import fuzz_engine, fuzz_targets
+    from support import fuzz_engine, fuzz_table
 
-    target = fuzz_targets.TARGETS[name]()
+    target = fuzz_table.TARGETS[name]()
     try:
         with fuzz_engine.strict_bounds():
             answer, peak = fuzz_engine.execute(target, path.read_bytes(), True)
@@ -312,8 +310,8 @@ def _write(page: Path, reports: Sequence[Report], arguments: argparse.Namespace)
         "",
         f"{total:,} executions, {crashes} crashes, hangs or broken promises, in {sum(r.seconds for r in reports):.0f} s of one core. "
         f"What each target promises:",
-        "tests/support/fuzz_targets.py. Coverage counts lines and branches that the kept inputs reach, of all that the module has: what",
-        "only writes, sends or folds is in it, too. Memory is the peak of Python's own allocations for one input.",
+        "tests/support/fuzz_targets.py and fuzz_methods.py. Coverage counts lines and branches that the kept inputs reach, of all that the",
+        "module has: what only writes, sends or folds is in it, too. Memory is the peak of Python's own allocations for one input.",
         _ENGINES[arguments.engine],
         "",
         f"Measured on {datetime.date.today()} with `python bench/fuzz.py --executions {arguments.executions} --seed {arguments.seed}`",

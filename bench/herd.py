@@ -100,13 +100,13 @@ def device(name: str) -> str:
 class Member:
     """One agent as its session sees it; also the listener."""
 
-    def __init__(self, address: str, number: int, identities: Path | None) -> None:
-        """`identities`: where the members' identities lie; None: plaintext."""
-        self.name = member(number)
-        folder = identities / self.name if identities is not None else Path()
-        own = identity.load(folder) if identities is not None else None
+    def __init__(self, address: str, name: str, device_id: str, folder: Path | None) -> None:
+        """`folder`: where its identity lies; None: plaintext."""
+        self.name = name
+        self._device_id = device_id
+        own = identity.load(folder) if folder is not None else None
         self.links = Links(lambda: channel.open_channel(address, own))
-        self.session = _Timed(self.links, Credentials(folder, own, address), self, self._hello, self._heartbeat)
+        self.session = _Timed(self.links, Credentials(folder or Path(), own, address), self, self._hello, self._heartbeat)
         self.connects_s: list[float] = []
         self.losses_s: list[float] = []
         self.asked_s: dict[int, float] = {}
@@ -139,7 +139,7 @@ class Member:
             protocol_major=channel.PROTOCOL_MAJOR,
             protocol_minor=channel.PROTOCOL_MINOR,
             agent_version="herd",
-            device_id=device(self.name),
+            device_id=self._device_id,
             device_name=self.name,
             instance_id=self._instance_id,
             methods=["echo"],
@@ -164,7 +164,8 @@ class _Timed(Session):
 
 async def crowd(address: str, first: int, count: int, identities: Path | None) -> None:
     """Keep sessions open until standard input ends; each line on it is a time, answered by what has happened since."""
-    members = [Member(address, number, identities) for number in range(first, first + count)]
+    names = [member(number) for number in range(first, first + count)]
+    members = [Member(address, name, device(name), identities / name if identities is not None else None) for name in names]
     running = [asyncio.create_task(member.session.run()) for member in members]
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)

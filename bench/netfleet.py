@@ -36,19 +36,30 @@ class Board:
     down_bits_per_s: float
     memory_bytes: int | None = None
     settings: str = ""
+    latency_ms: float = 0.0
+    """In each direction."""
 
 
 class NetFleet:
     """Ready when entered; all processes, namespaces and groups are gone when left."""
 
-    def __init__(self, folder: Path, boards: Sequence[Board], *, serve: Sequence[str] = (), cpus: float = 2.0) -> None:
+    def __init__(
+        self, folder: Path, boards: Sequence[Board], *, serve: Sequence[str] = (), cpus: float = 2.0, cable: Path | None = None
+    ) -> None:
+        """`cable` is the program that carries the frames of links with a latency, where it is not the testbed's own."""
         self._folder = folder
         self._boards = tuple(boards)
         self._serve = tuple(serve)
         hosts = [
-            Host(board.name, Limits(board.cpus, board.memory_bytes), Link(board.up_bits_per_s, board.down_bits_per_s)) for board in boards
+            Host(
+                board.name,
+                Limits(board.cpus, board.memory_bytes),
+                Link(board.up_bits_per_s, board.down_bits_per_s, board.latency_ms),
+            )
+            for board in boards
         ]
-        self.hosts = Hosts([Host(COORDINATOR, Limits(cpus)), *hosts])
+        everyone = [Host(COORDINATOR, Limits(cpus)), *hosts]
+        self.hosts = Hosts(everyone) if cable is None else Hosts(everyone, cable=cable)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -65,6 +76,32 @@ class NetFleet:
             raise RuntimeError(f"`fleetune {' '.join(arguments)}` ended with {done.returncode}: {done.stderr[-TAIL_BYTES:]}")
         return done.stdout
 
+    def pid(self, name: str) -> int:
+        """Of the process that `name` was started as, which the tools that put it on its host become."""
+        return self._processes[name].pid
+
+    def log_of(self, name: str) -> str:
+        return (self._folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def state_of(self, name: str) -> Path:
+        return self._state(name)
+
+    def online(self) -> int:
+        """Devices that the coordinator sees."""
+        return self._online()
+
+    def stop_coordinator(self) -> None:
+        """SIGKILL."""
+        self.kill_agent(COORDINATOR)
+
+    def start_coordinator(self) -> None:
+        """Again, on the same address; ready when this returns."""
+        state = self._state(COORDINATOR)
+        (state / "address").unlink(missing_ok=True)
+        serve = ["serve", "--state-dir", str(state), "--listen", self.address]
+        self._start(COORDINATOR, ["fleetune.coordinator.cli", *serve, *self._serve])
+        self._until(lambda: (state / "address").exists(), "the coordinator is ready")
+
     def start_agent(self, board: Board) -> None:
         arguments = ["run", "--coordinator", self.address, "--name", board.name, "--config", str(self._config(board))]
         self._start(board.name, ["fleetune.agent.cli", *arguments, "--state-dir", str(self._state(board.name))])
@@ -80,9 +117,7 @@ class NetFleet:
         try:
             state = self._state(COORDINATOR)
             self.verb("init", "--state-dir", str(state), "--address", self.address)
-            serve = ["serve", "--state-dir", str(state), "--listen", self.address]
-            self._start(COORDINATOR, ["fleetune.coordinator.cli", *serve, *self._serve])
-            self._until(lambda: (state / "address").exists(), "the coordinator is ready")
+            self.start_coordinator()
             line = json.loads(self.verb("token", "create", "--uses", str(len(self._boards)), "--json"))["line"]
             for board in self._boards:
                 self._config(board).write_text(board.settings, encoding="utf-8")

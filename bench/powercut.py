@@ -58,7 +58,8 @@ class Disk:
         _run("mkfs.ext4", "-q", str(image))
 
     def mount(self) -> None:
-        _run("mount", "-o", "loop", str(self._image), str(self._place))
+        # -w: or a device that another mount is just giving back would be taken read-only, without a word.
+        _run("mount", "-w", "-o", "loop", str(self._image), str(self._place))
 
     def cut(self) -> None:
         fd = os.open(self._place, os.O_RDONLY)
@@ -169,7 +170,7 @@ _WITHOUT_FLUSHES = (
 def text(outcome: Outcome, control: Outcome | None) -> str:
     """What came of it, in a few lines."""
     lines = [
-        f"{outcome.faults} {outcome.mode}, {AGENTS} agents, in {outcome.took_s:.0f} s",
+        f"{outcome.faults} {outcome.mode}, {AGENTS} agents, in {outcome.took_s:.0f} s; load of the machine {outcome.load:.1f} at the end",
         f"  history  {len(outcome.violations)} violations after every one of them; {outcome.receipts} receipts of devices looked up",
         f"  jobs     {outcome.jobs} of {ROUNDS} rounds, {outcome.jobs - outcome.differing} with the undisturbed one's bytes",
         *(f"  MISSED {words}" for words in outcome.missed),
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found.append(asyncio.run(cuts(place, wanted, given.seed, flushes=flushes)))
             finally:
                 shutil.rmtree(place, ignore_errors=True)
-            found[-1].took_s = time.monotonic() - started_s
+            found[-1].took_s, found[-1].load = time.monotonic() - started_s, os.getloadavg()[0]
     except KeyboardInterrupt:
         print("interrupted; all processes have ended", file=sys.stderr)
         return 130

@@ -79,7 +79,7 @@ def main() -> int:
         for name in options.kinds:
             for direction, source, target in (("up", name, "server"), ("down", "server", name)):
                 rate = KINDS[name].up_mbit if direction == "up" else KINDS[name].down_mbit
-                one = Measured(name, direction, rate, _goodput(hosts, source, target, rate * MBIT * options.seconds / 8) / MBIT)
+                one = Measured(name, direction, rate, goodput(hosts, source, target, rate * MBIT * options.seconds / 8) / MBIT)
                 print(f"{name:<12}{direction:<6}{rate:>7g} Mb/s{one.goodput_mbit:>10.1f}{one.ratio:>8.3f}", flush=True)
                 found.append(one)
     if options.json is not None:
@@ -87,7 +87,7 @@ def main() -> int:
     return int(any(abs(1 - one.ratio) > 0.1 for one in found if one.configured_mbit <= 100))
 
 
-def _goodput(hosts: Hosts, source: str, target: str, size_bytes: float) -> float:
+def goodput(hosts: Hosts, source: str, target: str, size_bytes: float) -> float:
     """Bit/s of payload."""
     python = [sys.executable, "-I", "-S", "-c"]
     receiver = subprocess.Popen(hosts.command(target, [*python, _RECEIVE, str(PORT)]), stdout=subprocess.PIPE, text=True)

@@ -24,10 +24,9 @@ server.bind(("0.0.0.0", 9999))
 server.listen()
 print("ready", flush=True)
 peer, _ = server.accept()
-size, begun = len(peer.recv(1)), time.monotonic()
-while data := peer.recv(65536):
-    size += len(data)
-print(size * 8 / (time.monotonic() - begun))
+while peer.recv(65536):
+    pass
+print(time.monotonic())
 """
 
 
@@ -55,9 +54,12 @@ def _rate_bits_per_s(hosts: Hosts, source: str, target: str) -> float:
     assert server.stdout is not None
     with server, server.stdout:
         assert server.stdout.readline() == "ready\n"
-        send = f"import socket; socket.create_connection(({hosts.address(target)!r}, 9999)).sendall(bytes({PAYLOAD_BYTES}))"
-        subprocess.run(hosts.command(source, [sys.executable, "-W", "ignore", "-c", send]), check=True, timeout=60)
-        return float(server.stdout.readline())
+        # One clock for both. Where either of them is held up, the rate comes out too low and never too high.
+        send = f"import socket, time; peer = socket.create_connection(({hosts.address(target)!r}, 9999)); print(time.monotonic()); "
+        send += f"peer.sendall(bytes({PAYLOAD_BYTES}))"
+        command = hosts.command(source, [sys.executable, "-W", "ignore", "-c", send])
+        sent = subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE, text=True)
+        return PAYLOAD_BYTES * 8 / (float(server.stdout.readline()) - float(sent.stdout))
 
 
 @needs_namespaces

@@ -17,7 +17,7 @@ from fleetune.coordinator.exitcodes import ExitCode
 from fleetune.coordinator.testbed import crew, procs, records, statefile
 from fleetune.coordinator.testbed.schedule import UNDONE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TESTBED = """
 name = "trial"

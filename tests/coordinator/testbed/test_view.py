@@ -35,6 +35,11 @@ def test_only_open_tasks_have_a_stage() -> None:
     assert view.stages(_job()) == {}
 
 
+def test_who_is_measured_beside_a_round_measures() -> None:
+    job = _job(current=_round(1, _task("a")), newcomers=[_task("late", stage="measuring")])
+    assert view.stages(job) == {"a": "training", "late": "measuring"}
+
+
 def test_training_has_begun_with_the_first_task_and_not_before() -> None:
     assert not view.began(_job(state="preparing"))
     assert view.began(_job(current=_round(1, _task("a"))))

@@ -318,6 +318,4 @@ def remove_tree(folder: Path) -> bool:
 def _environment() -> Mapping[str, str]:
     """Ours without settings meant for other daemons of this person; and no way to a model hub."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEETUNE_")}
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    # Where more threads than cores want to run, one that waits by spinning takes the time of the one it waits for.
-    return {**kept, **quiet, "OMP_WAIT_POLICY": "passive"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

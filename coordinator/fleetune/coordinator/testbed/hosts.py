@@ -54,11 +54,13 @@ class Host:
 class Hosts:
     """Made when entered, and gone with all their processes when left. Root only."""
 
-    def __init__(self, hosts: Sequence[Host], prefix: str | None = None) -> None:
+    def __init__(self, hosts: Sequence[Host], prefix: str | None = None, cable: Path = _DELAY) -> None:
+        """`cable` is the program that carries the frames of a link with a latency."""
         if len(hosts) > HOSTS_MAX:
             raise MachineError(f"{len(hosts)} hosts do not fit one network; {HOSTS_MAX} do.", "Take fewer.")
         # Not to meet another testbed's; names of namespaces are the whole machine's.
         self._prefix = prefix if prefix is not None else f"ft{os.getpid()}"
+        self._cable_program = cable
         self._hosts = {host.name: host for host in hosts}
         self._number = {host.name: index for index, host in enumerate(hosts, start=1)}
         self._cables: list[subprocess.Popen[bytes]] = []
@@ -150,7 +152,7 @@ class Hosts:
 
     def _delay(self, name: str, latency_ms: float) -> None:
         """The link as two devices with a process between them, which lives until `close`."""
-        command = [sys.executable, "-I", "-S", str(_DELAY), self._namespace(name), "eth0", self._switch, self._port(name)]
+        command = [sys.executable, "-I", "-S", str(self._cable_program), self._namespace(name), "eth0", self._switch, self._port(name)]
         # In a group without quotas: it is the cable, not the host.
         group = self._cable(name)
         group.create()

@@ -33,6 +33,7 @@ class Group:
 
     def __init__(self, name: str, limits: Limits, root: Path = ROOT) -> None:
         self._limits = limits
+        self._root = root
         self._unified = (root / "cgroup.controllers").exists()
         controllers = ("",) if self._unified else ("cpu", "memory", "cpuacct")
         self._folders = tuple(root / controller / name for controller in controllers)
@@ -42,6 +43,8 @@ class Group:
         quota_us = max(1000, round(self._limits.cpus * PERIOD_US))
         memory = self._limits.memory_bytes
         try:
+            if self._unified:
+                self._hand_down()
             for folder in self._folders:
                 folder.mkdir(parents=True, exist_ok=True)
             if self._unified:
@@ -61,6 +64,13 @@ class Group:
                 f"No control group for {self._folders[0].name}: {error.strerror} ({error.filename}).",
                 "Quotas need root and the cpu and memory controllers; take the compose backend where they are not to be had.",
             ) from error
+
+    def _hand_down(self) -> None:
+        """A group has the controllers that its parent hands down, and systemd lets the root do so as far as a unit has asked for one."""
+        file = self._root / "cgroup.subtree_control"
+        missing = sorted({"cpu", "memory"} - set(file.read_text().split()))
+        if missing:
+            file.write_text(" ".join(f"+{controller}" for controller in missing))
 
     def joining(self, command: list[str]) -> list[str]:
         """`command`, run inside the group."""

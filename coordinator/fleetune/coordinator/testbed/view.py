@@ -10,7 +10,7 @@ ENDED = ("completed", "failed", "cancelled")
 
 def stages(job: Mapping[str, Any]) -> dict[str, str]:
     """Device -> what its open task is at; who is idle is absent."""
-    tasks: Sequence[Mapping[str, Any]] = _table(job.get("current")).get("tasks") or []
+    tasks: Sequence[Mapping[str, Any]] = [*(job.get("newcomers") or []), *(_table(job.get("current")).get("tasks") or [])]
     return {task["device_name"]: str(task["stage"]).replace("_", " ") for task in tasks if _open(task)}
 
 
