@@ -67,7 +67,7 @@ async def test_clean_with_a_task_of_a_fixture(ticking):
 
 
 def test_what_outlives_a_test_is_found_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text().replace("GRACE_S = 3.0", "GRACE_S = 0.3"))
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text().replace("GRACE_S = 20.0", "GRACE_S = 0.3"))
     (tmp_path / "test_scenes.py").write_text(SCENES)
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\nmarkers =\n  torch: as in the project\n")
     run = subprocess.run(

@@ -107,7 +107,7 @@ async def test_a_watch_that_is_left_is_cancelled_on_the_coordinator(client: Clie
     assert (await anext(views)).job_id
     assert fleet.watches_open == 1
     await views.aclose()  # type: ignore[attr-defined]  # an async generator behind its interface
-    await asyncio.wait_for(fleet.watch_ended.wait(), 5)
+    await asyncio.wait_for(fleet.watch_ended.wait(), 60)
     assert fleet.watches_open == 0
 
 

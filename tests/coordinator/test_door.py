@@ -15,7 +15,7 @@ from fleetune.coordinator import door
 from fleetune.coordinator.door import Door
 from fleetune.coordinator.faults import MachineError
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass
@@ -116,6 +116,8 @@ async def test_of_one_address_the_oldest_goes_where_it_has_too_many(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(door, "PER_SOURCE", 4)
+    monkeypatch.setattr(door, "FIRST_BYTES_S", 3600.0)
+    monkeypatch.setattr(door, "VISIT_S", 3600.0)
     caplog.set_level(logging.WARNING)
     async with standing() as entry:
         crowd = []
@@ -139,6 +141,8 @@ async def test_who_comes_alone_is_kept_however_many_come_from_fewer_addresses_th
 ) -> None:
     monkeypatch.setattr(door, "CONNECTIONS_MAX", 12)
     monkeypatch.setattr(door, "PER_SOURCE", 6)
+    monkeypatch.setattr(door, "FIRST_BYTES_S", 3600.0)
+    monkeypatch.setattr(door, "VISIT_S", 3600.0)
     async with standing() as entry:
         for number in range(12):
             await entry.knock(f"127.0.0.{2 + number % 4}", b"x")

@@ -24,7 +24,7 @@ from fleetune.v1 import control_pb2, control_pb2_grpc
 
 pytestmark = pytest.mark.e2e
 
-READY_S = 60.0
+READY_S = 180.0
 """Only a hang takes longer, also on a loaded machine."""
 
 JOB = 'name = "waits"\n[method]\nname = "echo"\n[devices]\nminimum = 1\n'

@@ -18,9 +18,10 @@ import pytest
 
 from support.tiny_models import tiny_classifier
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-WAIT_S = 120.0
+WAIT_S = 300.0
+"""Only a hang takes longer, also on a loaded machine."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def relatives(folder: Path) -> list[psutil.Process]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, WAIT_S)
     return not alive
 
 
@@ -104,7 +105,7 @@ def test_ctrl_c_ends_every_process_in_order_and_without_a_trace(base: Path, tmp_
         wait_for(folder, moment, process)
         family = relatives(folder)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(WAIT_S) == 130
         assert all_gone(family)
         assert relatives(folder) == []
     text = folder.with_suffix(".out").read_text()
@@ -119,7 +120,7 @@ def test_sigterm_ends_it_as_well(base: Path, tmp_path: Path) -> None:
     with running(base, folder, "--rounds", "500", "--agents", "1") as process:
         wait_for(folder, r"round 1/\d+ started", process)
         process.terminate()
-        assert process.wait(timeout=60) == 143
+        assert process.wait(WAIT_S) == 143
         assert relatives(folder) == []
 
 
@@ -138,7 +139,7 @@ def test_an_agent_that_dies_is_reported_with_what_it_wrote_last(base: Path, tmp_
         wait_for(folder, r"round 1/\d+ started", process)
         agent = next(p for p in relatives(folder) if any("agent-2" in word for word in p.cmdline()))
         agent.kill()
-        assert process.wait(timeout=60) == 8
+        assert process.wait(WAIT_S) == 8
         assert relatives(folder) == []
     text = folder.with_suffix(".out").read_text()
     assert "agent-2 was ended by signal SIGKILL" in text

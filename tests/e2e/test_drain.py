@@ -20,9 +20,9 @@ from fleetune.wire import channel
 from support.coordinating import echo_job
 from support.echo_agent import EchoAgent, chunks
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-READY_S = 60.0
+READY_S = 180.0
 RESTARTS = 2
 
 

@@ -18,11 +18,11 @@ from fleetune.wire import channel
 from support import tiny_models
 from support.fleet import ENDED, Agent, Fleet, JobView, task_of, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LABELS = list(tiny_models.LABELS)
 
-BRISK = ("--heartbeat-s", "0.5", "--lease-s", "2")
+BRISK = ("--heartbeat-s", "0.5", "--lease-s", "5")
 """Devices that are gone are noticed soon."""
 
 AGENT_REFUSED = 4
@@ -79,8 +79,18 @@ def state_of(view: JobView, device: str) -> control_pb2.DeviceTaskState.ValueTyp
 # --- devices and coordinators that go away
 
 
+PATIENT = ("--heartbeat-s", "0.5", "--lease-s", "10")
+"""A device that is frozen counts as connected for as long as others need for a task, also on a busy machine."""
+
+
+def warmed_up(fleet: Fleet, devices: int) -> None:
+    """Let each device start its child, which may take longer than a lease."""
+    fleet.completed(echo_job(1, devices={"minimum": devices}))
+
+
 def test_a_round_closes_without_a_device_killed_in_it_which_takes_part_again_later(tmp_path: Path) -> None:
-    with Fleet(tmp_path, {name: Agent() for name in "abc"}, coordinator=BRISK) as fleet:
+    with Fleet(tmp_path, {name: Agent() for name in "abc"}, coordinator=PATIENT) as fleet:
+        warmed_up(fleet, 3)
         fleet.freeze("c")
         job = fleet.submit(echo_job(2, devices={"minimum": 3}))
         fleet.until(job, lambda view: [state_of(view, name) for name in "abc"] == [DONE, DONE, ASSIGNED], "all but c to be done")
@@ -100,7 +110,8 @@ def test_a_round_closes_without_a_device_killed_in_it_which_takes_part_again_lat
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_agents_come_back_to_a_coordinator_that_was_away_and_the_open_round_goes_on(tmp_path: Path, end: signal.Signals) -> None:
     """An update with a receipt is not asked for again."""
-    with Fleet(tmp_path, {"a": Agent(), "b": Agent()}, coordinator=("--heartbeat-s", "0.5", "--lease-s", "10")) as fleet:
+    with Fleet(tmp_path, {"a": Agent(), "b": Agent()}, coordinator=PATIENT) as fleet:
+        warmed_up(fleet, 2)
         fleet.freeze("b")
         job = fleet.submit(echo_job(3, devices={"minimum": 2}))
         fleet.until(job, lambda view: (state_of(view, "a"), state_of(view, "b")) == (DONE, ASSIGNED), "a to be done and b not")
@@ -110,7 +121,7 @@ def test_agents_come_back_to_a_coordinator_that_was_away_and_the_open_round_goes
         time.sleep(6)
         fleet.start_coordinator()
         view = fleet.wait(job)
-        received = [line for line in fleet.log_of("a").splitlines() if "task received" in line and "round=1 " in line]
+        received = [line for line in fleet.log_of("a").splitlines() if f"task received task={job}/1/" in line]
 
     assert view.state == control_pb2.JOB_STATE_COMPLETED
     assert [entry.updates_folded for entry in view.history] == [2, 2, 2]
@@ -120,10 +131,9 @@ def test_agents_come_back_to_a_coordinator_that_was_away_and_the_open_round_goes
 def test_a_device_that_stands_still_is_left_behind_and_its_late_update_is_not_folded(tmp_path: Path) -> None:
     # A lease that outlasts the round: it is the deadline that closes it.
     with Fleet(tmp_path, {"a": Agent(), "b": Agent()}, coordinator=("--heartbeat-s", "0.5", "--lease-s", "60")) as fleet:
-        # The first task starts an agent's child, which may take longer than the deadline.
-        fleet.completed(echo_job(1, devices={"minimum": 2}))
+        warmed_up(fleet, 2)
         fleet.freeze("b")
-        view = fleet.wait(fleet.submit(echo_job(1, rounds={"deadline_s": 5.0}, devices={"minimum": 2})))
+        view = fleet.wait(fleet.submit(echo_job(1, rounds={"deadline_s": 12.0}, devices={"minimum": 2})))
         fleet.thaw("b")
         fleet.online("b")
 
@@ -322,4 +332,4 @@ def test_the_fleet_works_on_after_all_these_jobs(faulty: Fleet, bert: Path) -> N
     view = faulty.wait(faulty.submit(training_job(bert, devices={"minimum": 1}, rounds={"count": 1})))
 
     assert view.state == control_pb2.JOB_STATE_COMPLETED
-    assert all(job.state in ENDED for job in faulty.control.ListJobs(control_pb2.ListJobsRequest(), timeout=10).jobs)
+    assert all(job.state in ENDED for job in faulty.control.ListJobs(control_pb2.ListJobsRequest(), timeout=180).jobs)

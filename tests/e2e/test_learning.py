@@ -33,7 +33,7 @@ from fleetune.v1 import control_pb2, messages_pb2
 from support import tiny_models
 from support.fleet import Agent, Fleet, metric, task_of, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LABELS = list(tiny_models.LABELS)
 ONE, TWO = "one", "two"

@@ -10,7 +10,7 @@ from fleetune.v1 import control_pb2, messages_pb2
 from support import tiny_models
 from support.fleet import Agent, Fleet, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TRAIN, EVALUATE = messages_pb2.TASK_KIND_TRAIN, messages_pb2.TASK_KIND_EVALUATE
 

@@ -25,11 +25,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleetune.coordinator.exitcodes import ExitCode
 from support.fleet import Agent, Fleet, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 JOB = toml({"name": "link", "method": {"name": "echo", "state_mib": 0.1}, "rounds": {"count": 3}, "devices": {"minimum": 2}})
-WAIT_S = 60.0
+WAIT_S = 180.0
 
 
 @pytest.fixture

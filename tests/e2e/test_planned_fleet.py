@@ -12,9 +12,9 @@ from fleetune.v1 import control_pb2, messages_pb2
 from support import tiny_models
 from support.fleet import Agent, Fleet, JobView, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-BRISK = ("--heartbeat-s", "0.5", "--lease-s", "2")
+BRISK = ("--heartbeat-s", "0.5", "--lease-s", "5")
 DEPTHS = {1, 2, 3}
 """Of the tiny model: its head and two layers."""
 

@@ -16,7 +16,7 @@ from fleetune.coordinator import backup, restore
 from fleetune.v1 import control_pb2
 from support.fleet import Agent, Fleet, toml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDS = 150
 """Of milliseconds each: enough that some are left when the test looks."""

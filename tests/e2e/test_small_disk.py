@@ -18,7 +18,7 @@ from fleetune.wire import channel, digests
 from support.coordinating import coordinating, echo_job
 from support.echo_agent import EchoAgent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 DISK_MIB = 12
 

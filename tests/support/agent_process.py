@@ -16,6 +16,9 @@ import psutil
 from fleetune.wire import identity as identities
 from fleetune.wire.identity import Identity
 
+WAIT_S = 60.0
+"""Longest wait for anything a test expects of an agent, its start among it; only a bug takes longer."""
+
 
 class AgentProcess:
     """`fleetune-agent run` on a state folder; its log is kept in `log_file`."""
@@ -43,7 +46,7 @@ class AgentProcess:
     def log(self) -> str:
         return self.log_file.read_text()
 
-    async def logged(self, text: str, within_s: float = 20.0, *, times: int = 1) -> None:
+    async def logged(self, text: str, within_s: float = WAIT_S, *, times: int = 1) -> None:
         """Return once `text` stands in the log: what an agent did after its last message is seen nowhere else."""
         deadline_s = time.monotonic() + within_s
         while self.log.count(text) < times:
@@ -58,12 +61,12 @@ class AgentProcess:
         """Send a signal; the exit status."""
         assert self.process is not None
         self.process.send_signal(number)
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), WAIT_S)
 
     async def ended(self) -> int:
         """The exit status of an agent that ends by itself."""
         assert self.process is not None
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), WAIT_S)
 
 
 @contextlib.asynccontextmanager

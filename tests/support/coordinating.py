@@ -23,7 +23,7 @@ from fleetune.v1 import control_pb2, control_pb2_grpc
 from fleetune.wire import channel
 from fleetune.wire.identity import Identity
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Longest wait for anything a test expects; only a bug takes longer."""
 
 

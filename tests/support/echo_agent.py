@@ -19,7 +19,7 @@ from fleetune.v1 import blob_pb2, blob_pb2_grpc, fleet_pb2, fleet_pb2_grpc, mess
 from fleetune.wire import channel, codec
 from fleetune.wire.answers import Answer, let_go
 
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 """Longest wait for anything a test expects; only a bug takes longer."""
 
 CHUNK_BYTES = 4096

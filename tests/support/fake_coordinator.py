@@ -118,7 +118,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         for line in self._lines:
             line.put_nowait(fleet_pb2.SessionResponse(**body))  # type: ignore[arg-type]  # one of the message's own fields
 
-    async def until(self, condition: Callable[[], bool], within_s: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
         """Return once `condition` holds; it is looked at again after each message of the agent."""
         async with self._changed:
             await asyncio.wait_for(self._changed.wait_for(condition), within_s)

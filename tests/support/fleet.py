@@ -22,14 +22,14 @@ from fleetune.v1 import control_pb2, control_pb2_grpc, messages_pb2
 from fleetune.wire.identity import Identity
 from support import enrolling
 
-READY_S = 60.0
+READY_S = 180.0
 """From a process's start until it serves or is connected; only a hang takes longer."""
 
-CALL_S = 60.0
-JOB_S = 120.0
+CALL_S = 180.0
+JOB_S = 360.0
 """Longest wait for a state of a job; below a test's own limit, so that the logs are told."""
 
-STOP_S = 60.0
+STOP_S = 180.0
 TAIL_LINES = 60
 MARK = "FLEET_OF_A_TEST"
 

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 HANG_S = 5.0
-"""No input may take longer; those here are a few kilobytes."""
+"""No input may take more of a processor; those here are a few kilobytes."""
+
+BLOCKED_FACTOR = 12
+"""So many times that much by the wall, for what waits: on a busy machine a second of a processor takes many."""
 
 MEMORY_EVERY = 64
 """Each so many executions the memory that Python takes is measured, and whenever an input is kept."""
@@ -145,13 +148,14 @@ def mutator(words: Sequence[bytes]) -> Callable[[random.Random, bytes, bytes], b
 @contextmanager
 def strict_bounds() -> Iterator[None]:
     """While it is open, an input of `execute` that takes too long is ended by a HangError; a warning is a finding, too."""
-    before = signal.signal(signal.SIGALRM, _on_alarm)
+    before = [(number, signal.signal(number, _on_alarm)) for number in (signal.SIGPROF, signal.SIGALRM)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             yield
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _inputs(target: Target, rng: random.Random, seeds: Sequence[bytes], corpus: Sequence[bytes]) -> Iterator[bytes]:
@@ -193,8 +197,9 @@ def _change(rng: random.Random, data: bytearray, other: bytes, words: Sequence[b
 
 
 def _arm(seconds: float) -> None:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, BLOCKED_FACTOR * seconds)
 
 
 def _on_alarm(_signal: int, _frame: FrameType | None) -> None:
-    raise HangError(f"an input took longer than {HANG_S:g} s")
+    raise HangError(f"an input took more than {HANG_S:g} s of a processor, or {BLOCKED_FACTOR * HANG_S:g} s")

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from fleetune.agent import convert as agent_convert
 from fleetune.child import answers, entry
 from fleetune.complaints import ComplaintsError
 from fleetune.coordinator import config as coordinator_config
-from fleetune.coordinator import jobspec, overrides, principal
+from fleetune.coordinator import jobspec, loraranks, overrides, principal
 from fleetune.coordinator.domain import Blob, Candidate, DepthBlock, PlanRequest, PlanSettings, Prepared
 from fleetune.coordinator.registry import Registry
 from fleetune.coordinator.rounds import aggregate, machine, planning
@@ -35,6 +36,7 @@ from fleetune.coordinator.rpc import convert
 from fleetune.coordinator.rpc.fleet import FleetService
 from fleetune.coordinator.store import records
 from fleetune.errors import ConfigError, DataError, WireError
+from fleetune.methods.v1 import deft_pb2, fedspine_pb2
 from fleetune.v1 import blob_pb2, fleet_pb2, messages_pb2
 from fleetune.wire import basefiles, checksums, chunks, codec, digests, frames, identity, joinline
 from support import tensors
@@ -54,7 +56,7 @@ def outcome_of(error: Exception) -> str:
     return f"{type(error).__name__}: {_CHANGING.sub('#', str(error))[:160]}"
 
 
-class _OnDisk(Target):
+class OnDisk(Target):
     """Reads files: they lie in a folder of its own, in memory where the system has such a place."""
 
     def __init__(self) -> None:
@@ -92,7 +94,7 @@ class TensorHeader(Target):
 
     name = "tensor-header"
     modules = ("fleetune.wire.codec",)
-    share = 10
+    share = 40
     words = _TENSOR_WORDS
     memory_bytes_max = 16 * MIB
 
@@ -131,7 +133,7 @@ class TensorHeader(Target):
         return f"{len(table.specs)} tensors, {len(table.metadata)} words, {sorted({spec.dtype for spec in table.specs})}"
 
 
-class UpdateFile(_OnDisk):
+class UpdateFile(OnDisk):
     """An update that is taken holds finite numbers in tensors of the state's names and shapes, and its norm is what numpy finds."""
 
     name = "update-file"
@@ -141,7 +143,7 @@ class UpdateFile(_OnDisk):
         "fleetune.coordinator.rounds.slabs",
         "fleetune.wire.codec",
     )
-    share = 5
+    share = 20
     words = (
         *_TENSOR_WORDS,
         b"\x00\x00\xc0\x7f",
@@ -197,7 +199,7 @@ class Frames(Target):
 
     name = "frames"
     modules = ("fleetune.wire.frames",)
-    share = 16
+    share = 64
     words = (
         b"\x12",
         b"\x0a",
@@ -261,7 +263,7 @@ class Frames(Target):
         return f"taken, chunk {ours.chunk is not None}"
 
 
-class Spool(_OnDisk):
+class Spool(OnDisk):
     """Any sequence of chunks, cuts and damages: the file holds exactly what was taken, and only the whole blob is finished.
 
     The bytes are a program: two bytes choose a deed and its variant, two more its offset and length.
@@ -269,7 +271,7 @@ class Spool(_OnDisk):
 
     name = "spool"
     modules = ("fleetune.wire.chunks", "fleetune.wire.digests")
-    share = 2
+    share = 8
     words = (b"\x00\x00\x00\xff", b"\x05\x00\x00\x00", b"\x06\x00\x00\x00", b"\x07\x00\x00\x00")
 
     def __init__(self) -> None:
@@ -427,11 +429,15 @@ def _setting_words() -> tuple[bytes, ...]:
     return tuple(name.encode() for name in names)
 
 
-def _check_complaints(error: ComplaintsError) -> None:
+def check_complaints(error: ComplaintsError) -> None:
     assert error.complaints
     for complaint in error.complaints:
         assert len(complaint.value) <= 80 and complaint.value.isprintable(), complaint
         assert len(complaint.path) <= 400 and complaint.path.isprintable(), complaint
+
+
+_RANKS = (b'\n[method.ranks]\n"kitchen-pi" = 2\n"*" = 4\n', b'\n[method.ranks]\n"x" = 0\n')
+"""The one table within a section."""
 
 
 class JobFile(Target):
@@ -441,11 +447,12 @@ class JobFile(Target):
     modules = (
         "fleetune.coordinator.jobspec",
         "fleetune.coordinator.jobrules",
+        "fleetune.coordinator.loraranks",
         "fleetune.coordinator.overrides",
         "fleetune.tomltext",
         "fleetune.complaints",
     )
-    share = 1
+    share = 4
     memory_bytes_max = 16 * MIB
 
     def __init__(self) -> None:
@@ -455,6 +462,7 @@ class JobFile(Target):
         return [re.sub(rb"(?m)^\s*#.*\n", b"", path.read_bytes()) for path in sorted(JOBS.glob("*.toml"))] + [
             b"",
             b'name = "x"\n[method]\nname = "echo"\n',
+            *(re.sub(rb"(?m)^\s*#.*\n", b"", (JOBS / "text-classification.toml").read_bytes()) + ranks for ranks in _RANKS),
         ]
 
     def run(self, data: bytes) -> str:
@@ -462,20 +470,21 @@ class JobFile(Target):
         try:
             spec = jobspec.parse(text)
         except jobspec.JobFileError as error:
-            _check_complaints(error)
+            check_complaints(error)
             return outcome_of(error)
         assert jobspec.parse(text) == spec
         again = overrides.apply(text, ["seed=3"])
         assert jobspec.parse(again).seed == 3
+        assert 1 <= loraranks.rank_of(spec, "kitchen-pi") <= spec.lora.rank and loraranks.scale(spec) > 0.0
         return f"a job of {spec.method.name}, {spec.task.kind}"
 
 
-class SettingFiles(_OnDisk):
+class SettingFiles(OnDisk):
     """Both daemons' configuration files give settings within their bounds, or complaints."""
 
     name = "settings"
     modules = ("fleetune.settings", "fleetune.coordinator.config", "fleetune.agent.config", "fleetune.agent.limits", "fleetune.complaints")
-    share = 1
+    share = 4
     memory_bytes_max = 16 * MIB
 
     def __init__(self) -> None:
@@ -511,7 +520,7 @@ class SettingFiles(_OnDisk):
             found = load(path, {}, home=self.folder, working_folder=self.folder)
         except ConfigError as error:
             if isinstance(error, ComplaintsError):
-                _check_complaints(error)
+                check_complaints(error)
             return _CHANGING.sub("#", str(error).replace(str(path), ""))[:160]
         assert found.state_dir.is_absolute()
         if isinstance(found, coordinator_config.CoordinatorConfig):
@@ -529,7 +538,7 @@ class ChildLines(Target):
 
     name = "child-lines"
     modules = ("fleetune.child.answers", "fleetune.child.entry")
-    share = 2
+    share = 8
     words = (
         b'"id":',
         b'"op":',
@@ -595,7 +604,7 @@ class FleetMessages(Target):
 
     name = "fleet-messages"
     modules = ("fleetune.coordinator.rpc.convert", "fleetune.coordinator.registry", "fleetune.coordinator.rounds.machine")
-    share = 6
+    share = 24
     words = (
         b"\x0a",
         b"\x12",
@@ -625,15 +634,23 @@ class FleetMessages(Target):
         hello.availability.reason = "on battery"
         failure = messages_pb2.Failure(kind=messages_pb2.FAILURE_KIND_DATA, stage="train", message="no rows", traceback="Traceback\n  x")
         evaluation = messages_pb2.Evaluation(metrics=[messages_pb2.Metric(name="loss", value=0.5)], rows=10)
+        reports: list[bytes] = []
         header = blob_pb2.UploadHeader(device_id=_DEVICE, task_id=_TASK, lease=1)
         header.blob.digest, header.blob.size_bytes, header.report.samples = "0" * 64, 9, 12
         header.report.metrics.add(name="loss", value=0.25)
         header.report.seconds.add(name="training", value=1.5)
         seeds: list[Message] = [hello, failure, evaluation, header, fleet_pb2.TaskLog(task_id=_TASK, lines=["a", "b\x1b"])]
+        for told in (fedspine_pb2.FedspineReport(structure=b"FTST", steps=60, loss_before=2.0), deft_pb2.DeftReport(steps=1, step_s=0.5)):
+            reporting = blob_pb2.UploadHeader.FromString(header.SerializeToString())
+            reporting.report.payload.Pack(told)
+            reporting.report.figures.CopyFrom(messages_pb2.Figures(batch_rows=8, step_s=[0.5], step_bytes=[9], source="measured"))
+            for name in ("loss_before", "loss_after", "update_norm", "step_s", "steps", "sparsity"):
+                reporting.report.metrics.add(name=name, value=0.5)
+            reports.append(b"\x03" + reporting.SerializeToString())
         outcome = fleet_pb2.TaskOutcome(task_id=_TASK, lease=1)
         outcome.figures.CopyFrom(messages_pb2.Figures(batch_rows=8, step_s=[0.5, 0.75], step_bytes=[9, 99], room_bytes=200, margin=1.1))
         seeds.append(outcome)
-        return [bytes((place,)) + message.SerializeToString() for place, message in enumerate(seeds)]
+        return [*(bytes((place,)) + message.SerializeToString() for place, message in enumerate(seeds)), *reports]
 
     def run(self, data: bytes) -> str:
         if not data:
@@ -679,7 +696,8 @@ class FleetMessages(Target):
             digests.check(update.blob.digest)
         except WireError as error:
             return outcome_of(error)
-        return f"update {_stored(machine.UpdateArrived(_TASK, update))}"
+        # As admission keeps it: what the method says of itself goes no further.
+        return f"update {_stored(machine.UpdateArrived(_TASK, replace(update, report=b'')))}"
 
     def _told(self, raw: bytes) -> str:
         """Figures that are taken can be planned with, whatever they are."""
@@ -737,7 +755,7 @@ class AgentMessages(Target):
 
     name = "agent-messages"
     modules = ("fleetune.agent.convert", "fleetune.wire.basefiles")
-    share = 2
+    share = 8
     words = (b"\x0a", b"\x12", b"\x42", b"config.json", b"../../x", b"/etc/passwd", b"\x00", b"0" * 64, *FleetMessages.words[-4:])
 
     def seeds(self) -> Sequence[bytes]:
@@ -756,12 +774,17 @@ class AgentMessages(Target):
         task.base.digest, task.base.hub_id = basefiles.base_digest(files), "org/name"
         for file in files:
             task.base.files.add(name=file.name).blob.CopyFrom(messages_pb2.BlobRef(digest=file.digest, size_bytes=file.size_bytes))
+        pruning, planned = (messages_pb2.Task.FromString(task.SerializeToString()) for _ in range(2))
+        pruning.method, planned.method, planned.kind = "fedspine", "deft", messages_pb2.TASK_KIND_MEASURE
+        pruning.payload.Pack(fedspine_pb2.FedspineTask(structure=b"FTST", sparsity_after=0.5, events=3, tau=20, rank=4, scale=2.0))
+        planned.payload.Pack(deft_pb2.DeftTask(depths=[1, 2], depth_count=6, batch_size=8, steps=1))
+        others = [b"\x00" + message.SerializeToString() for message in (pruning, planned)]
         seeds: list[Message] = [
             task,
             fleet_pb2.Welcome(heartbeat_s=5.0, lease_s=15.0, epoch=3, chunk_bytes=1 << 20, coordinator_version="0.1.0"),
             messages_pb2.Receipt(task_id=_TASK, lease=1, status=messages_pb2.RECEIPT_STATUS_ACCEPTED, reason="fine"),
         ]
-        return [bytes((place,)) + message.SerializeToString() for place, message in enumerate(seeds)]
+        return [*(bytes((place,)) + message.SerializeToString() for place, message in enumerate(seeds)), *others]
 
     def run(self, data: bytes) -> str:
         if not data:
@@ -783,7 +806,7 @@ class AgentMessages(Target):
             for file in task.base.files:
                 assert Path(file.name).name == file.name and file.name not in ("", ".", ".."), file.name
                 assert 0 <= file.size_bytes <= INTEGER_MAX
-        return f"{task.kind} base={task.base is not None} state={task.state is not None}"
+        return f"{task.kind} {task.method[:8]} base={task.base is not None} state={task.state is not None}"
 
     def _welcome(self, raw: bytes) -> str:
         welcome = agent_convert.welcome(fleet_pb2.Welcome.FromString(raw))
@@ -802,10 +825,11 @@ class AgentMessages(Target):
 _FACTS = identity.Facts("agent", "kitchen-pi", "", "192.0.2.7:7433", identity.SERVER_NAME, 1.0, 2.0)
 
 
-class Identities(_OnDisk):
+class Identities(OnDisk):
     """Join lines, files of an identity, names in certificates: refused or whole, and no error repeats a token."""
 
     name = "identities"
+    share = 4
     modules = ("fleetune.wire.identity", "fleetune.wire.joinline", "fleetune.coordinator.principal")
     words = (
         *(
@@ -883,10 +907,7 @@ def _untold(line: str, said: str) -> str:
     return _CHANGING.sub("#", said)[:80]
 
 
-TARGETS: Mapping[str, type[Target]] = {
-    kind.name: kind
-    for kind in (
-        *(TensorHeader, UpdateFile, Frames, Spool, JobFile, SettingFiles, ChildLines, FleetMessages, AgentMessages),
-        Identities,
-    )
-}
+KINDS: tuple[type[Target], ...] = (
+    *(TensorHeader, UpdateFile, Frames, Spool, JobFile, SettingFiles, ChildLines, FleetMessages, AgentMessages),
+    Identities,
+)

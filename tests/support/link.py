@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 READ_BYTES = 64 << 10
 
 

@@ -17,7 +17,7 @@ from fleetune.v1 import registry_pb2 as pb
 from fleetune.v1 import registry_pb2_grpc
 from fleetune.wire import channel, enrolment, identity, keys
 from fleetune.wire.identity import SERVER_NAME, Identity
-from support.coordinating import Coordinator, coordinating, settings
+from support.coordinating import WAIT_S, Coordinator, coordinating, settings
 
 DEVICE = "device-0001"
 
@@ -70,7 +70,7 @@ class Secured:
         async with self.channel(who) as opened:
             try:
                 stub: Any = health_pb2_grpc.HealthStub(opened)  # Any: its stubs give the class no methods
-                await stub.Check(health_pb2.HealthCheckRequest(), timeout=10.0)
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
             except grpc.aio.AioRpcError as error:
                 return error.code()
         return grpc.StatusCode.OK

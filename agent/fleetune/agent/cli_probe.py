@@ -183,11 +183,10 @@ def _measured(key: Key, fields: Mapping[str, object], progress: _Progress) -> Fi
 
 async def _ask(fields: Mapping[str, object], threads: int, progress: _Progress) -> dict[str, object]:
     """The training child's answer. Ctrl-C cancels this, and with it the child."""
+    from fleetune.child import threads as child_threads
     from fleetune.child.process import ChildDied, ChildError, ChildProcess
 
-    child = ChildProcess(
-        "fleetune.agent.trainer", environment={"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    )
+    child = ChildProcess("fleetune.agent.trainer", environment={**child_threads.environment(threads), "HF_HUB_OFFLINE": "1"})
 
     def on_event(event: Mapping[str, object]) -> None:
         if event.get("event") == "progress":

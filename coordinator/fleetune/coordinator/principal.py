@@ -29,7 +29,7 @@ class Role(IntEnum):
     ADMIN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Principal:
     """One caller. `local` is whoever reaches a coordinator without TLS, which listens on loopback only: it may do everything."""
 

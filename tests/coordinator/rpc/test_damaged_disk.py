@@ -222,7 +222,9 @@ async def test_a_new_state_that_the_model_host_cannot_read_is_folded_again(tmp_p
     async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a:
         asked: list[str] = []
 
-        async def evaluate(base_folder: str, recipe: object, state: Path, rows: Path, structure: str) -> Evaluation:
+        async def evaluate(
+            base_folder: str, recipe: object, state: Path, rows: Path, structure: str, *, triplets: bool = False
+        ) -> Evaluation:
             asked.append(state.name)
             if len(asked) == 1:
                 spoil(state, "flip")
@@ -290,10 +292,9 @@ async def test_garbage_is_collected_by_the_operators_call(tmp_path: Path) -> Non
 
 async def _serving(state_dir: Path) -> tuple[asyncio.Task[int], str]:
     serving = asyncio.create_task(daemon._serve(settings(state_dir, drain_grace_s=5.0), Supervisor()))
-    for _ in range(1000):
-        if (state_dir / "address").exists():
-            break
-        await asyncio.sleep(0.01)
+    while not (state_dir / "address").exists():
+        await asyncio.wait({serving}, timeout=0.01)
+        assert not serving.done()
     return serving, (state_dir / "address").read_text().strip()
 
 

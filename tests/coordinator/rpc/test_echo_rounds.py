@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import time
 from pathlib import Path
 
 import grpc
@@ -12,11 +13,13 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from fleetune.coordinator.rounds import adapter
+from fleetune.coordinator import daemon
+from fleetune.coordinator.rounds import adapter, machine
+from fleetune.coordinator.rounds.engine import Engine
 from fleetune.coordinator.rounds.job import LiveJob
 from fleetune.v1 import control_pb2, fleet_pb2, messages_pb2
 from support import tensors
-from support.coordinating import Coordinator, committed, coordinating, echo_job, state_of
+from support.coordinating import WAIT_S, Coordinator, committed, coordinating, echo_job, state_of
 from support.echo_agent import EchoAgent, values
 
 ACCEPTED = messages_pb2.RECEIPT_STATUS_ACCEPTED
@@ -90,33 +93,39 @@ async def test_every_order_of_arrival_gives_the_same_bytes(tmp_path: Path) -> No
     assert len(found) == 1
 
 
-async def test_a_round_closes_without_a_device_that_died_and_the_next_has_it_again(tmp_path: Path) -> None:
-    async with coordinating(tmp_path, lease_s=1.5, heartbeat_s=0.1) as coordinator:
+class Clock:
+    """The coordinator's wall clock, which the test sets forward: what is to be in time is, however busy the machine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ahead_s = 0.0
+        monkeypatch.setattr(daemon, "Engine", functools.partial(Engine, wall=lambda: time.time() + self._ahead_s))
+
+    async def forward(self, coordinator: Coordinator, job: LiveJob, by_s: float) -> None:
+        self._ahead_s += by_s
+        await coordinator.engine.ask(job.job_id, machine.Ticked())
+
+
+async def test_a_round_closes_without_a_device_that_died_and_the_next_has_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    async with coordinating(tmp_path) as coordinator:
         a, b = EchoAgent(coordinator.address, "a"), EchoAgent(coordinator.address, "b")
         (await a.connect()).serve()
         await b.connect()
-        beating = asyncio.create_task(beat(a, b))
         job = await coordinator.submit(echo_job(rounds=2, minimum=2))
         await b.next_task()
+        await a.answered(1)
         await b.cut()
+        await coordinator.until(job, has_gone)
+        assert job.machine.committed == 0
+        await clock.forward(coordinator, job, 3600)
         await coordinator.until(job, lambda job: job.machine.committed == 1)
         assert [task.device_name for task in committed(job, 1).trained()] == ["a"]
         await b.connect()
         b.serve()
         await coordinator.ended(job)
         assert [task.device_name for task in committed(job, 2).trained()] == ["a", "b"]
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
         await a.cut()
         await b.cut()
-
-
-async def beat(*agents: EchoAgent) -> None:
-    for number in itertools.count():
-        for agent in agents:
-            if agent.welcome is not None and not agent.ended.is_set() and "_call" in vars(agent):
-                await agent.say(heartbeat=fleet_pb2.Heartbeat(sequence=number))
-        await asyncio.sleep(0.1)
 
 
 async def test_a_device_that_comes_back_within_its_grace_gets_its_task_again(tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ async def test_a_new_stream_of_the_same_agent_takes_the_place_of_the_old_one(tmp
         old, new = EchoAgent(coordinator.address, "a"), EchoAgent(coordinator.address, "a")
         await old.connect()
         await new.connect()
-        await asyncio.wait_for(old.ended.wait(), 10)
+        await asyncio.wait_for(old.ended.wait(), WAIT_S)
         await old.cut()
         new.serve()
         job = await coordinator.ended(await coordinator.submit(echo_job(rounds=2)))
@@ -272,8 +281,9 @@ async def test_queued_jobs_run_one_after_the_other(tmp_path: Path) -> None:
         assert (first.machine.status, second.machine.status) == ("running", "queued")
         a.tasks.put_nowait(task)
         a.serve()
-        await coordinator.ended(first)
+        await coordinator.until(first, lambda job: job.ended)
         assert second.machine.committed == 0
+        await coordinator.ended(first)
         await coordinator.ended(second)
         await a.answered(4)
         assert [task_id.split("-")[0] for task_id, _ in a.done] == ["one", "one", "two", "two"]
@@ -354,14 +364,17 @@ async def test_tags_choose_devices_and_the_others_say_why_not(tmp_path: Path) ->
             assert view.state == control_pb2.JOB_STATE_WAITING
 
 
-async def test_a_round_passes_its_deadline_without_the_slow(tmp_path: Path) -> None:
+async def test_a_round_passes_its_deadline_without_the_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     async with coordinating(tmp_path) as coordinator:
         async with EchoAgent(coordinator.address, "a") as a, EchoAgent(coordinator.address, "slow") as slow:
-            job = await coordinator.submit(echo_job(rounds=1, minimum=2, rounds_extra="deadline_s = 0.5"))
+            job = await coordinator.submit(echo_job(rounds=1, minimum=2, rounds_extra="deadline_s = 600"))
             a.serve()
             task = await slow.next_task()
-            assert 0 < task.deadline_s <= 0.5
+            assert 0 < task.deadline_s <= 600
             data = await slow.trained(task)
+            await a.answered(1)
+            await clock.forward(coordinator, job, 600)
             await coordinator.ended(job)
             assert (await slow.next_cancel()).task_id == task.task_id
             assert (await slow.upload(task, data)).status == messages_pb2.RECEIPT_STATUS_LATE
@@ -406,9 +419,12 @@ async def test_a_failure_is_told_with_the_device_and_its_trace(tmp_path: Path) -
 
 async def test_a_watcher_hears_the_end_once_the_folder_is_there(tmp_path: Path) -> None:
     async with coordinating(tmp_path) as coordinator, EchoAgent(coordinator.address, "a") as a:
-        a.serve()
         await coordinator.submit(echo_job(rounds=3))
-        seen = [response.job async for response in coordinator.control.WatchJob(control_pb2.WatchJobRequest(job_id="last"))]
+        seen: list[control_pb2.JobView] = []
+        async for response in coordinator.control.WatchJob(control_pb2.WatchJobRequest(job_id="last")):
+            seen.append(response.job)
+            if len(seen) == 1:
+                a.serve()
         assert seen[-1].state == control_pb2.JOB_STATE_COMPLETED
         assert len(seen[-1].history) == 3
         assert (Path(seen[-1].adapter_folder) / adapter.STATE_FILE).is_file()

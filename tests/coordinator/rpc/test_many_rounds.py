@@ -31,7 +31,7 @@ async def at_rest(coordinator: Coordinator, job: LiveJob, rounds: int) -> Counte
     return sizes(coordinator)
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(600)
 async def test_no_structure_of_the_coordinator_grows_with_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blob, "SUMS_KEPT", 8)
     async with coordinating(tmp_path) as coordinator:

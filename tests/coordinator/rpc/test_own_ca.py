@@ -19,7 +19,7 @@ from fleetune.v1 import registry_pb2_grpc
 from fleetune.wire import channel
 from fleetune.wire.identity import SERVER_NAME, Facts, Identity
 from support.authority import Authority
-from support.coordinating import coordinating, echo_job
+from support.coordinating import WAIT_S, coordinating, echo_job
 
 CODE = grpc.StatusCode
 
@@ -48,9 +48,9 @@ async def asked(address: str, who: Identity, revoke: str = "") -> grpc.StatusCod
     stub = registry_pb2_grpc.RegistryServiceStub(opened)
     try:
         if revoke:
-            await stub.RevokeIdentity(pb.RevokeIdentityRequest(kind=pb.IDENTITY_KIND_OPERATOR, name=revoke), timeout=10.0)
+            await stub.RevokeIdentity(pb.RevokeIdentityRequest(kind=pb.IDENTITY_KIND_OPERATOR, name=revoke), timeout=WAIT_S)
         else:
-            await stub.ListTokens(pb.ListTokensRequest(), timeout=10.0)
+            await stub.ListTokens(pb.ListTokensRequest(), timeout=WAIT_S)
     except grpc.aio.AioRpcError as error:
         return error.code()
     finally:

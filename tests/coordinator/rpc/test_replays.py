@@ -29,7 +29,7 @@ async def rows(coordinator: Coordinator, question: str) -> list[tuple[object, ..
     return await coordinator.engine._database.read(lambda c: [tuple(row) for row in c.execute(text(question))])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_an_update_that_is_sent_a_thousand_times_over_three_restarts_counts_once(tmp_path: Path) -> None:
     async with coordinating(tmp_path) as c, EchoAgent(c.address, "a") as a, EchoAgent(c.address, "b") as b:
         job = await c.submit(echo_job(rounds=1, minimum=2), "the-replayed-job")

@@ -82,7 +82,7 @@ async def blob_of(c: Coordinator) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_three_thousand_dropped_streams_leave_nothing_behind(tmp_path: Path) -> None:
     async with coordinating(tmp_path) as c:
         job_id, digest = await blob_of(c)
