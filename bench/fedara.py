@@ -301,7 +301,8 @@ def _section(options: argparse.Namespace, curves: Mapping[str, Sequence[Curve]])
             f"{_all(curve[-1].ranks for curve in of)}; {_all(curve[-1].modules for curve in of)}",
         ]
         lines.append(f"| {name} | {len(of)} | {' | '.join(cells)} |")
-    words = [word if Path(word) != options.data else "FOLDER" for word in sys.argv]
+    places = {options.data: "FOLDER", options.curves: "FILE"}
+    words = [places.get(Path(word), word) for word in sys.argv]
     return "\n".join([*lines, "", "![Accuracy by rounds and by bytes](fedara.svg)", "", sections.measured(f"python {' '.join(words)}")])
 
 

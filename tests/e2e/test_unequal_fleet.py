@@ -29,10 +29,20 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def agents(rows: Path) -> dict[str, Agent]:
+    return {name: Agent({"colours": f"{rows}/{name}.jsonl,{rows}/validation.jsonl"}) for name in ("pi4-a", "laptop")}
+
+
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Iterator[Fleet]:
-    agents = {name: Agent({"colours": f"{rows}/{name}.jsonl,{rows}/validation.jsonl"}) for name in ("pi4-a", "laptop")}
-    with Fleet(tmp_path_factory.mktemp("fleet"), agents) as running:
+    with Fleet(tmp_path_factory.mktemp("fleet"), agents(rows)) as running:
+        yield running
+
+
+@pytest.fixture
+def own_fleet(tmp_path: Path, rows: Path) -> Iterator[Fleet]:
+    """For tests that kill: what is started in the place of the dead is the test's own."""
+    with Fleet(tmp_path / "fleet", agents(rows)) as running:
         yield running
 
 
@@ -78,38 +88,38 @@ def test_devices_of_unlike_ranks_learn_together(fleet: Fleet, bert: Path, rows: 
     assert metric(done.history[-1], "accuracy") == pytest.approx(right / len(found))
 
 
-def test_a_coordinator_that_is_killed_folds_again_from_what_it_has(fleet: Fleet, bert: Path) -> None:
-    job_id = fleet.submit(job(bert) + '\n[method.ranks]\n"pi4-*" = 2\n')
-    fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
-    fleet.restart_coordinator(signal.SIGKILL)
-    done = fleet.wait(job_id)
+def test_a_coordinator_that_is_killed_folds_again_from_what_it_has(own_fleet: Fleet, bert: Path) -> None:
+    job_id = own_fleet.submit(job(bert) + '\n[method.ranks]\n"pi4-*" = 2\n')
+    own_fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
+    own_fleet.restart_coordinator(signal.SIGKILL)
+    done = own_fleet.wait(job_id)
 
     assert done.rounds_committed == 5
     assert all(entry.updates_folded == 2 and entry.fold_metrics for entry in done.history)
-    checked = fleet.cli("report", job_id)
+    checked = own_fleet.cli("report", job_id)
     assert "aggregation error" in checked.stdout
 
 
-def test_b_and_head_stay_on_their_devices_and_survive_a_kill(fleet: Fleet, bert: Path) -> None:
-    job_id = fleet.submit(job(bert, aggregation="fedsa"))
-    fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
-    fleet.kill9("laptop")
-    fleet.start("laptop")
-    done = fleet.wait(job_id)
+def test_b_and_head_stay_on_their_devices_and_survive_a_kill(own_fleet: Fleet, bert: Path) -> None:
+    job_id = own_fleet.submit(job(bert, aggregation="fedsa"))
+    own_fleet.until(job_id, lambda view: view.rounds_committed >= 2, "two rounds")
+    own_fleet.kill9("laptop")
+    own_fleet.start("laptop")
+    done = own_fleet.wait(job_id)
     assert done.rounds_committed == 5, done.message
     assert done.history[-1].train_loss < done.history[0].train_loss
-    folder = fleet.published(done)
+    folder = own_fleet.published(done)
     published = load_file(folder / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in published.items() if ".lora_B." in name)
     own: dict[str, dict[str, object]] = {}
     for name in ("pi4-a", "laptop"):
-        files = sorted((fleet.state_of(name) / "personal" / job_id).iterdir())
+        files = sorted((own_fleet.state_of(name) / "personal" / job_id).iterdir())
         assert 1 <= len(files) <= 2, "the last two rounds that it took part in"
         own[name] = dict(load_file(files[-1]))
         assert set(own[name]) == set(published)
     differs = [name for name in published if not (own["pi4-a"][name] == own["laptop"][name]).all()]  # type: ignore[attr-defined]
     assert any(".lora_B." in name for name in differs)
     assert any("classifier" in name for name in differs)
-    text = fleet.cli("logs", job_id).stdout
+    text = own_fleet.cli("logs", job_id).stdout
     assert 1 <= text.count("nothing of this job is kept on this device") <= 2, "in each device's first round alone"
     assert "are lost" not in text
