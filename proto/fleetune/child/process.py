@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fleetune.child import answers
+from fleetune.child import answers, oomkills
 from fleetune.errors import FleetuneError, WireError
 
 LINE_BYTES_MAX = 1 << 20
@@ -86,7 +86,7 @@ class ChildProcess:
             return
         await self.stop()
         self._stderr.clear()
-        self._oom_kills_before = _oom_kills()
+        self._oom_kills_before = oomkills.count()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -180,7 +180,7 @@ class ChildProcess:
                 name = signal.Signals(-code).name
             except ValueError:
                 name = f"signal {-code}"
-        killed = code == -signal.SIGKILL and _oom_kills() > self._oom_kills_before
+        killed = code == -signal.SIGKILL and oomkills.count() > self._oom_kills_before
         tail = self._stderr.decode("utf-8", "replace")
         return Death(code if code is not None and code >= 0 else None, name, killed, tail)
 
@@ -210,25 +210,3 @@ async def _line(pipe: asyncio.StreamReader) -> bytes:
         return await pipe.readline()
     except ValueError as error:
         raise WireError(f"The child process sent a line of more than {LINE_BYTES_MAX} bytes.") from error
-
-
-def _oom_kills() -> int:
-    """The kernel's count of out-of-memory kills in this process's cgroup (v2, v1) and on the machine; grows only."""
-    total = 0
-    for path, key in _OOM_COUNTERS:
-        try:
-            with open(path, encoding="ascii") as file:
-                for line in file:
-                    name, _, value = line.strip().partition(" ")
-                    if name == key:
-                        total += int(value)
-        except (OSError, ValueError):
-            continue
-    return total
-
-
-_OOM_COUNTERS = (
-    ("/sys/fs/cgroup/memory.events", "oom_kill"),
-    ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
-    ("/proc/vmstat", "oom_kill"),
-)
