@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from fleetune.agent.methods import evaluating, inputs, updates
+from fleetune.agent.methods.plans import DEFAULT_BATCH_ROWS
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
 from fleetune.agent.trainer import loop
 from fleetune.child.entry import Emit
@@ -38,8 +39,6 @@ from fleetune.model.batches import Example
 from fleetune.model.depths import DepthBlock
 from fleetune.model.lora import AdaptedModel
 from fleetune.v1 import messages_pb2
-
-DEFAULT_BATCH_ROWS = 16
 
 
 def train(work: Work, emit: Emit) -> Trained:

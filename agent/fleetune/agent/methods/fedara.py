@@ -25,12 +25,10 @@ import math
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 
-from fleetune import schedule
-from fleetune.agent.methods import evaluating, inputs, updates
+from fleetune.agent.methods import evaluating, inputs, plans, updates
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
 from fleetune.agent.trainer import data, loop
 from fleetune.child.entry import Emit
@@ -40,8 +38,6 @@ from fleetune.model import svdadapter
 from fleetune.model.svdadapter import TripletScores
 from fleetune.model.triplets import Triplets
 from fleetune.v1 import messages_pb2
-
-DEFAULT_BATCH_ROWS = 16
 
 SCORE_MAX = 65504.0
 """The largest float16. The mean of a device's scores is 1."""
@@ -61,7 +57,8 @@ def train(work: Work, emit: Emit) -> Trained:
     watcher = Watcher(model, task.orthogonality)
     loaded = time.monotonic()
     # What a row keeps is measured anew: it falls with the modules that have an adapter.
-    outcome = loop.train(adapted, examples.items, _plan(task, work, len(examples)), emit, watcher=watcher)
+    plan = plans.plan(task, work, len(examples), steps=int(task.steps), epochs=task.epochs)
+    outcome = loop.train(adapted, examples.items, plan, emit, watcher=watcher)
     trained = time.monotonic()
     pairs = zip(adapted.trainables, anchors, strict=True)
     deltas = ((entry.name, entry.parameter.detach() - anchor) for entry, anchor in pairs)
@@ -155,30 +152,3 @@ def _check_ranks(task: fedara_pb2.FedaraTask, model: Triplets) -> None:
             f"The task gives {name} the rank {wanted.get(name, 0)}, the state has {found.get(name, 0)}.",
             "This is a bug of the coordinator; report it.",
         )
-
-
-def _plan(task: fedara_pb2.FedaraTask, work: Work, rows: int) -> loop.Plan:
-    batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
-    # A step never sees a row twice, so a device with few rows takes smaller steps.
-    step_rows = min(batch_rows * max(int(task.gradient_accumulation), 1), rows)
-    total_rows = step_rows * int(task.steps) if task.steps else max(1, round((task.epochs or 1.0) * rows))
-    offset = int(task.schedule_offset)
-    return loop.Plan(
-        total_rows=total_rows,
-        step_rows=step_rows,
-        micro_rows=min(batch_rows, step_rows),
-        rate=partial(
-            schedule.learning_rate,
-            peak=task.learning_rate,
-            name=task.schedule or "constant",
-            warmup_steps=int(task.warmup_steps),
-            # A coordinator that counts in epochs cannot know each device's steps; the schedule then ends with this round.
-            total_steps=int(task.schedule_total) or offset + math.ceil(total_rows / step_rows),
-            offset=offset,
-        ),
-        weight_decay=task.weight_decay,
-        max_grad_norm=task.max_grad_norm,
-        proximal_mu=0.0,
-        seed=f"{work.task.seed}/{work.task.round}",
-        memory_bytes=work.limits.memory_bytes,
-    )

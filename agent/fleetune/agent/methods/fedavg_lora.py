@@ -22,16 +22,13 @@ Siblings: proto/fleetune/methods/v1/fedavg_lora.proto, coordinator/fleetune/coor
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from fleetune import schedule
-from fleetune.agent.methods import evaluating, inputs, personal, updates
+from fleetune.agent.methods import evaluating, inputs, personal, plans, updates
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
 from fleetune.agent.trainer import data, loop
 from fleetune.child.entry import Emit
@@ -41,7 +38,6 @@ from fleetune.model import adapter, ranks
 from fleetune.model.lora import AdaptedModel
 from fleetune.v1 import messages_pb2
 
-DEFAULT_BATCH_ROWS = 16
 SCALE_KEY = "fleetune.lora_scale"
 """In the update's metadata: what the product of the pairs was multiplied by. The coordinator infers it from nothing else."""
 
@@ -56,7 +52,7 @@ def train(work: Work, emit: Emit) -> Trained:
     with ranks.narrowed(session.adapted, int(task.rank), task.scale, _side(task)) as adapted:
         anchors = [parameter.detach().clone() for parameter in adapted.parameters]
         loaded = time.monotonic()
-        plan = _plan(task, work, len(examples))
+        plan = plans.plan(task, work, len(examples), steps=int(task.steps), epochs=task.epochs, proximal_mu=task.proximal_mu)
         outcome = loop.train(adapted, examples.items, plan, emit, anchors if task.proximal_mu > 0 else None, session.row_costs())
         trained = time.monotonic()
         metadata = {SCALE_KEY: repr(task.scale)} if task.scale else None
@@ -121,34 +117,6 @@ def _side(task: fedavg_lora_pb2.FedavgLoraTask) -> ranks.Side:
                 f"The task asks to train {task.trains!r} of each LoRA pair; left, right and both are known here.",
                 "Update Fleetune on this machine.",
             )
-
-
-def _plan(task: fedavg_lora_pb2.FedavgLoraTask, work: Work, rows: int) -> loop.Plan:
-    batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
-    # A step never sees a row twice, so a device with few rows takes smaller steps.
-    step_rows = min(batch_rows * max(int(task.gradient_accumulation), 1), rows)
-    total_rows = step_rows * int(task.steps) if task.steps else max(1, round((task.epochs or 1.0) * rows))
-    steps = math.ceil(total_rows / step_rows)
-    offset = int(task.schedule_offset)
-    return loop.Plan(
-        total_rows=total_rows,
-        step_rows=step_rows,
-        micro_rows=min(batch_rows, step_rows),
-        rate=partial(
-            schedule.learning_rate,
-            peak=task.learning_rate,
-            name=task.schedule or "constant",
-            warmup_steps=int(task.warmup_steps),
-            # A coordinator that counts in epochs cannot know each device's steps; the schedule then ends with this round.
-            total_steps=int(task.schedule_total) or offset + steps,
-            offset=offset,
-        ),
-        weight_decay=task.weight_decay,
-        max_grad_norm=task.max_grad_norm,
-        proximal_mu=task.proximal_mu,
-        seed=f"{work.task.seed}/{work.task.round}",
-        memory_bytes=work.limits.memory_bytes,
-    )
 
 
 def write_delta(

@@ -30,13 +30,12 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from fleetune import architectures, importances, schedule, sparsity, structures
-from fleetune.agent.methods import evaluating, inputs, updates
+from fleetune import architectures, importances, sparsity, structures
+from fleetune.agent.methods import evaluating, inputs, plans, updates
 from fleetune.agent.methods.memory import MemoryWatch
 from fleetune.agent.methods.work import Trained, Work, peak_rss_bytes
 from fleetune.agent.trainer import data, loop
@@ -51,7 +50,6 @@ from fleetune.model.slim import Slim
 from fleetune.structures import Structure
 from fleetune.v1 import messages_pb2
 
-DEFAULT_BATCH_ROWS = 16
 DEFAULT_PROBE_ROWS = 64
 SPARSITY_MAX = 0.95
 SCALE_KEY = "fleetune.lora_scale"
@@ -113,12 +111,13 @@ def _trained(
     stop_at = started + DEADLINE_SHARE * work.task.deadline_s if work.task.deadline_s > 0 else math.inf
     pruner = Pruner(slim, task, known, stop_at, emit)
     loaded = time.monotonic()
-    batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
+    batch_rows = plans.batch_rows(task)
     measured = _probe(slim, items, int(task.probe_rows) or DEFAULT_PROBE_ROWS, batch_rows)
     loss_before = measured()
     memory = MemoryWatch(slim, work.limits)
+    plan = plans.plan(task, work, len(items), steps=_round(task).steps, extra_steps=pruner.gathering_steps)
     # What a row keeps is measured anew: it falls with the structure and the rank.
-    outcome = loop.train(slim.adapted, items, _plan(task, work, len(items), pruner.gathering_steps), emit, watcher=pruner)
+    outcome = loop.train(slim.adapted, items, plan, emit, watcher=pruner)
     taken = memory.figures()
     loss_after = measured()
     done = time.monotonic()
@@ -188,34 +187,6 @@ def _round(task: fedspine_pb2.FedspineTask) -> sparsity.Round:
             "This is a bug of the coordinator; report it.",
         )
     return sparsity.Round(before, after, int(task.events), int(task.tau))
-
-
-def _plan(task: fedspine_pb2.FedspineTask, work: Work, rows: int, gathering_steps: int) -> loop.Plan:
-    batch_rows = int(task.batch_size) or DEFAULT_BATCH_ROWS
-    # A step never sees a row twice, so a device with few rows takes smaller steps.
-    step_rows = min(batch_rows * max(int(task.gradient_accumulation), 1), rows)
-    steps = gathering_steps + _round(task).steps
-    offset = int(task.schedule_offset)
-    rate = partial(
-        schedule.learning_rate,
-        peak=task.learning_rate,
-        name=task.schedule or "constant",
-        warmup_steps=int(task.warmup_steps),
-        total_steps=int(task.schedule_total) or offset + steps,
-        offset=offset,
-    )
-    return loop.Plan(
-        total_rows=step_rows * steps,
-        step_rows=step_rows,
-        micro_rows=min(batch_rows, step_rows),
-        # Steps that gather come on top, at the rate of the round's first: all devices leave the round at the same place of the schedule.
-        rate=lambda step: rate(max(0, step - gathering_steps)),
-        weight_decay=task.weight_decay,
-        max_grad_norm=task.max_grad_norm,
-        proximal_mu=0.0,
-        seed=f"{work.task.seed}/{work.task.round}",
-        memory_bytes=work.limits.memory_bytes,
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- pruning
