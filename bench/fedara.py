@@ -281,7 +281,7 @@ def _section(options: argparse.Namespace, curves: Mapping[str, Sequence[Curve]])
         "coordinator's own code without the service between them; bytes are those of the files that would travel. The same accuracy is "
         f"LoRA's best, as a mean of three rounds, less {options.margin:g}, for each seed by itself.",
         "",
-        "| | seeds | last accuracy | rounds until the same | MB until the same | LoRA's over its | MB in all | CPU seconds of training "
+        "| | seeds | last accuracy | rounds until the same | MB until the same | LoRA's MB by own | MB in all | CPU seconds of training "
         "| ranks; modules left |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -302,8 +302,9 @@ def _section(options: argparse.Namespace, curves: Mapping[str, Sequence[Curve]])
         ]
         lines.append(f"| {name} | {len(of)} | {' | '.join(cells)} |")
     places = {options.data: "FOLDER", options.curves: "FILE"}
-    words = [places.get(Path(word), word) for word in sys.argv]
-    return "\n".join([*lines, "", "![Accuracy by rounds and by bytes](fedara.svg)", "", sections.measured(f"python {' '.join(words)}")])
+    words = [places.get(Path(word), word) for word in sys.argv[1:]]
+    command = f"python bench/fedara.py {' '.join(words)}"
+    return "\n".join([*lines, "", "![Accuracy by rounds and by bytes](fedara.svg)", "", sections.measured(command)])
 
 
 def _all(values: Iterable[float | None]) -> str:
