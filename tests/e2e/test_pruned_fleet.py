@@ -91,7 +91,8 @@ def test_every_device_ends_at_the_sparsity_and_the_loss_falls(tmp_path: Path, be
 
 def test_a_device_that_is_killed_goes_on_from_the_structure_that_the_coordinator_has(tmp_path: Path, bert: Path, rows: Path) -> None:
     with Fleet(tmp_path, {name: Agent({"colours": str(rows)}) for name in "ab"}, coordinator=BRISK) as fleet:
-        name = fleet.submit(job(bert, 5, training={"steps": 40}, devices={"minimum": 1}))
+        # Enough steps to be met under way: what takes moments tells nothing on the way.
+        name = fleet.submit(job(bert, 5, training={"steps": 500}, devices={"minimum": 1}))
 
         def is_pruned(view: JobView) -> bool:
             tasks = trained(view.current)

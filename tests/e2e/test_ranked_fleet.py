@@ -94,7 +94,8 @@ def test_bytes_fall_with_the_ranks_and_what_is_published_loads_in_peft(tmp_path:
 
 def test_a_device_that_is_killed_goes_on_with_the_ranks_of_the_round(tmp_path: Path, bert: Path, rows: Path) -> None:
     with Fleet(tmp_path, agents(rows), coordinator=BRISK) as fleet:
-        name = fleet.submit(job(bert, 5, training={"steps": 30}, devices={"minimum": 1}))
+        # Enough steps to be met under way: what takes moments tells nothing on the way.
+        name = fleet.submit(job(bert, 5, training={"steps": 500}, devices={"minimum": 1}))
 
         def under_way(view: JobView) -> bool:
             found = [task for task in view.current.tasks if task.device_name == "b" and task.kind == messages_pb2.TASK_KIND_TRAIN]
