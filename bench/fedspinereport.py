@@ -35,6 +35,17 @@ CONTESTANTS: Mapping[str, str] = {
     "fixed": "(b) one arm for all",
     "middle": f"(b) of rank {RANK // 2}",
     "hetlora": "HetLoRA, not pruned",
+    "fedspine-own": "FedSpine, each device cuts by its own importance",
+    "once-own": "(a), each device by its own importance",
+}
+SHORT: Mapping[str, str] = {
+    "fedspine": "FedSpine",
+    "once": "(a)",
+    "fixed": "(b)",
+    "middle": f"(b) of rank {RANK // 2}",
+    "hetlora": "HetLoRA",
+    "fedspine-own": "FedSpine by own importance",
+    "once-own": "(a) by own importance",
 }
 TITLES: Mapping[str, str] = {"trec6": "TREC-6", "sst2": "SST-2"}
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -162,7 +173,7 @@ class Verdict:
 
 
 Runs = Mapping[int, Mapping[str, Told]]
-"""Seed -> contestant -> what it told; only seeds of which there is all but HetLoRA."""
+"""Seed -> contestant -> what it told; only seeds of which there are FedSpine and (a)."""
 
 
 def found(out: Path, dataset: str) -> Runs:
@@ -170,25 +181,49 @@ def found(out: Path, dataset: str) -> Runs:
     for path in sorted(out.glob(f"{dataset}-*-*.json")):
         told = read(path)
         by_seed.setdefault(told.seed, {})[told.method] = told
-    return {seed: runs for seed, runs in sorted(by_seed.items()) if {"fedspine", "once", "fixed"} <= runs.keys()}
+    return {seed: runs for seed, runs in sorted(by_seed.items()) if {"fedspine", "once"} <= runs.keys()}
 
 
-def goal(runs: Mapping[str, Told]) -> float:
+@dataclass(frozen=True)
+class Match:
+    """Two contestants, and whose last accuracy is the goal of both."""
+
+    one: str
+    other: str
+    goal: str = "once"
+    wanted: float | None = None
+
+    def seeds(self, runs: Runs) -> list[Mapping[str, Told]]:
+        """Of which there are all three."""
+        return [each for each in runs.values() if {self.one, self.other, self.goal} <= each.keys()]
+
+    def ratios(self, runs: Runs) -> list[float | None]:
+        """By seed: the other's time to the goal by the one's; all of its time where it never came there. None where the one did not."""
+        found: list[float | None] = []
+        for each in self.seeds(runs):
+            wanted = goal(each, self.goal)
+            own = each[self.one].time_to(wanted)
+            found.append((each[self.other].time_to(wanted) or each[self.other].ends[-1]) / own if own is not None else None)
+        return found
+
+    def points(self, runs: Runs) -> list[float]:
+        """By seed: hundredths of accuracy by which the one ends above the other."""
+        return [100 * (each[self.one].last - each[self.other].last) for each in self.seeds(runs)]
+
+
+MATCHES = (
+    Match("fedspine", "once", "once", FASTER_THAN_A),
+    Match("fedspine", "fixed", "once", FASTER_THAN_B),
+    Match("fedspine", "middle"),
+    Match("fedspine", "once-own", "once-own"),
+    Match("fedspine-own", "once-own", "once-own"),
+    Match("fedspine", "fedspine-own", "once-own"),
+)
+
+
+def goal(runs: Mapping[str, Told], of: str = "once") -> float:
     """The accuracy that a seed's contestants have to come to."""
-    return runs["once"].last - SLACK
-
-
-def ratios(runs: Runs, name: str) -> list[float]:
-    """Of the seeds in which FedSpine came to the goal: the other's time by FedSpine's; all of its time where it never came there."""
-    values: list[float] = []
-    for each in runs.values():
-        if name not in each:
-            continue
-        own = each["fedspine"].time_to(goal(each))
-        other = each[name].time_to(goal(each)) or each[name].ends[-1]
-        if own is not None:
-            values.append(other / own)
-    return values
+    return runs[of].last - SLACK
 
 
 def geometric(values: Sequence[float]) -> float:
@@ -205,26 +240,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, _T95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def points_above(runs: Runs) -> list[float]:
-    """Hundredths of accuracy by which FedSpine ends above (a), by seed."""
-    return [100 * (each["fedspine"].last - each["once"].last) for each in runs.values()]
-
-
 def verdicts(dataset: str, runs: Runs) -> list[Verdict]:
-    done = [
-        Verdict("time to the goal, (a) by FedSpine", geometric(ratios(runs, "once")), FASTER_THAN_A),
-        Verdict("time to the goal, (b) by FedSpine", geometric(ratios(runs, "fixed")), FASTER_THAN_B),
-    ]
+    """A time ratio is met where FedSpine came to the goal in every seed."""
+    done: list[Verdict] = []
+    for match in MATCHES:
+        if match.wanted is not None and (ratios := match.ratios(runs)):
+            value = geometric([ratio for ratio in ratios if ratio is not None]) if None not in ratios else 0.0
+            done.append(Verdict(f"time to the goal, {SHORT[match.other]} by {SHORT[match.one]}", value, match.wanted))
     if dataset == "sst2":
-        done.append(Verdict("points of accuracy above (a)", statistics.fmean(points_above(runs)), POINTS_ABOVE_A))
+        done.append(Verdict("points of accuracy above (a)", statistics.fmean(MATCHES[0].points(runs)), POINTS_ABOVE_A))
     return done
 
 
 def text(dataset: str, runs: Runs, command: str) -> str:
     """Markdown."""
-    mean, half = interval(points_above(runs))
     target = f"{100 * TARGET:.0f} %"
-    above = ", ".join(f"{points:+.2f}" for points in points_above(runs))
     columns = ("accuracy", "of the voted model", f"to {target}, s", "to the goal, s", "came there", "all rounds, s", "waiting, s a round")
     lines = [
         f"## FedSpine: {TITLES[dataset]}",
@@ -235,9 +265,9 @@ def text(dataset: str, runs: Runs, command: str) -> str:
         "| --- |" + " --- |" * (len(columns) + 2),
         *(_line(name, words, runs) for name, words in CONTESTANTS.items() if any(name in each for each in runs.values())),
         "",
-        f"Accuracy above (a), by seed: {above} points; mean {mean:+.2f} ± {half:.2f} (95 %). Time to the goal by seed, (a) by FedSpine: "
-        f"{_list(ratios(runs, 'once'))}; (b) by FedSpine: {_list(ratios(runs, 'fixed'))}; (b) of rank {RANK // 2} by "
-        f"FedSpine: {_list(ratios(runs, 'middle'))}.",
+        "| compared | goal of | its time to the goal by the other's, by seed | points of accuracy above it, by seed | mean ± 95 % |",
+        "| --- | --- | --- | --- | --- |",
+        *(_compared(match, runs) for match in MATCHES if match.seeds(runs)),
         "",
         *(f"- {found.words}: {found.value:.2f}, wanted {found.least:g}: {_word(found)}." for found in verdicts(dataset, runs)),
         "",
@@ -261,23 +291,30 @@ def _how(runs: Runs) -> list[str]:
         f"MiniLM, LoRA on all six linear layers, rank {RANK} at the most, {DEVICES} devices, Dirichlet({ALPHA:g}), "
         f"{setup['rounds']} rounds of {setup['steps']} steps of {setup['batch_rows']} rows, {setup['tokens']} tokens, "
         f"learning rate {setup['learning_rate']:g}; to {target} sparsity. Seeds {', '.join(map(str, runs))}, of split, links, adapter and "
-        "order; rate and how late (a) prunes were chosen on another one, by (a)'s own accuracy.",
+        "order; how late (a) prunes was chosen on another one, by (a)'s own accuracy.",
         "",
         "One process, and a **virtual clock**: devices train one after another with the agent's own code on one thread; a device's seconds "
         f"are the process's CPU seconds by its quota ({quotas}, log-uniform), and bytes go at the rate of its link ({links}, dealt by the "
         "seed). A round lasts as long as its slowest device. Loading the model, evaluation and the fold are not counted. Arms, folds and "
         "structures are the coordinator's own code. That the method runs on real processes is shown elsewhere (tests, demo).",
         "",
-        f"(a) is {setup['tuned_rounds']} rounds of federated LoRA, then one cut to {target} by the same importance, then recovery, as two "
-        'jobs. (b) is FedSpine with `arms = "fixed"`: half of what a round may cut, the highest rank; for reference also a job of rank '
+        f"(a) is {setup['tuned_rounds']} rounds of federated LoRA, then one cut to {target} by the fleet's importance, which the last of "
+        "these rounds gathers, then recovery, as two jobs; *by own importance*: each device cuts by its own, gathered in as many steps "
+        "more before the cut. (b) is "
+        'FedSpine with `arms = "fixed"`: half of what a round may cut, the highest rank; for reference also a job of rank '
         f"{RANK // 2}. HetLoRA pads with zeros, ranks by class of device. Accuracy is the mean of the last {LAST} rounds, test rows dealt "
         f"over the devices, each with what it has left. The goal is all devices at {target} *and* (a)'s last accuracy less "
         f"{100 * SLACK:g} point. Times are means over seeds.",
     ]
 
 
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.2f}" for value in values) or "never"
+def _compared(match: Match, runs: Runs) -> str:
+    points = match.points(runs)
+    mean, half = interval(points)
+    times = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in match.ratios(runs))
+    above = ", ".join(f"{value:+.1f}" for value in points)
+    spread = f"{mean:+.2f} ± {half:.2f}" if math.isfinite(half) else f"{mean:+.2f}"
+    return f"| {SHORT[match.one]} with {SHORT[match.other]} | {SHORT[match.goal]} | {times} | {above} | {spread} |"
 
 
 def _line(name: str, words: str, runs: Runs) -> str:

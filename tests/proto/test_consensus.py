@@ -59,9 +59,21 @@ def test_importance_is_a_byte_for_each_unit() -> None:
     scores = [[0.0] * group.units for group in layout.groups]
     scores[0][1], scores[0][2] = 4.0, 1.0
     back = importances.from_text(layout, importances.to_text(scores))
-    assert back[0] == [0.0, 1.0, 64 / 255, 0.0]
+    assert back[0] == pytest.approx([0.0, 1.6, 0.4, 0.0], rel=0.02), "to a mean of 1 over those that are not 0"
     assert all(set(group) == {0.0} for group in back[1:])
     assert importances.is_told(layout)
+
+
+def test_units_that_matter_little_are_told_apart_and_one_that_matters_most_of_all_takes_no_room_from_them() -> None:
+    layout = architectures.layout(BERT)
+    neurons = next(place for place, group in enumerate(layout.groups) if group.kind == "neurons")
+    scores = [[1.0] * group.units for group in layout.groups]
+    scores[neurons] = [0.01 * (unit + 1) for unit in range(63)] + [1e6]
+    back = importances.from_text(layout, importances.to_text(scores))[neurons]
+    assert back[-1] == importances.SPAN
+    scores[neurons][-1] = 1.0
+    back = importances.from_text(layout, importances.to_text(scores))[neurons]
+    assert sorted(back) == back and len(set(back[:40])) > 30
 
 
 @pytest.mark.parametrize("text", ["", "AAAA", "?" * 200, "A" * 100_000, "\u00e9" * 180])

@@ -129,6 +129,8 @@ class PruneSettings:
     """Sparsity that one round may add."""
     recovery_rounds: int = 2
     """The last ones, in which nothing is cut where it can be helped."""
+    shares: bool = False
+    """Whether all cut by what matters to the fleet: then nothing is cut in the first round, whose updates tell it."""
     choice: Literal["bandit", "fixed"] = "bandit"
     pace: float = 0.5
     """Of all devices where the choice is fixed: the share of what may be cut in a round."""

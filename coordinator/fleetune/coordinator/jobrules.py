@@ -74,6 +74,7 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "pace": ("fedspine",),
     "rank_min": ("fedspine",),
     "exploration": ("fedspine",),
+    "importance": ("fedspine",),
     "importance_decay": ("fedspine",),
     "probe_rows": ("fedspine",),
     "ranks_end": ("fedara",),
@@ -480,8 +481,9 @@ def _fedspine(draft: Draft) -> Iterator[Complaint]:
         remedy = "Lower it, or raise lora.rank, which is the highest."
         yield Complaint("method.rank_min", shown(method.rank_min), f"1 to {spec.lora.rank}, which is lora.rank", remedy)
     paths = ("rounds.count", "method.sparsity", "method.prune_step", "method.recovery_rounds")
-    needed = math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds
-    if draft.sound(*paths) and spec.rounds.count < needed:
+    gathering = 1 if method.importance == "fleet" else 0
+    needed = gathering + math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds
+    if draft.sound(*paths, "method.importance") and spec.rounds.count < needed:
         remedy = "Raise it, or method.prune_step, or lower method.sparsity or method.recovery_rounds."
         yield Complaint("rounds.count", shown(spec.rounds.count), f"at least {needed}, to reach the sparsity before the recovery", remedy)
 

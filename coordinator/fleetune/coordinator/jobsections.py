@@ -16,6 +16,7 @@ Trains = Literal["lora", "full"]
 SharedResource = Literal["ingress", "airtime"]
 Sharing = Literal["weights", "hard"]
 AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "fedsa"]
+ImportanceChoice = Literal["fleet", "own"]
 ArmChoice = Literal["bandit", "fixed"]
 Arbitration = Literal["score", "vote"]
 ServerOptimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
@@ -290,6 +291,11 @@ class MethodSection(Section):
     rank_min: int = Field(default=2, ge=1, le=RANK_MAX, description="fedspine with a bandit: the lowest rank; lora.rank is the highest.")
     exploration: float = Field(
         default=0.1, ge=0, le=10, description="fedspine: how much the bandit tries what it knows little of; rewards lie between 0 and 1."
+    )
+    importance: ImportanceChoice = Field(
+        default="fleet",
+        description="fedspine: by whose gradients heads and neurons are cut. fleet: devices tell theirs, and what matters least to all goes; "
+        "nothing is cut in the first round. own: each device cuts what matters least to itself.",
     )
     importance_decay: float = Field(
         default=0.9, ge=0, lt=1, description="fedspine: decay of the moving average of importance over local steps."

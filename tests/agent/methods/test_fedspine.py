@@ -18,7 +18,7 @@ from fleetune.agent.methods import fedavg_lora, fedspine
 from fleetune.agent.methods.work import DataFile, DeviceData, Limits, Work
 from fleetune.agent.trainer import data, loop
 from fleetune.architectures import Layout
-from fleetune.errors import DataError, ModelError, NotFiniteError, UnsupportedError
+from fleetune.errors import DataError, ModelError, NotFiniteError, UnsupportedError, WireError
 from fleetune.methods.v1 import echo_pb2, fedspine_pb2
 from fleetune.model import adapter, evaluation
 from fleetune.model.importance import Importance
@@ -253,7 +253,7 @@ def test_a_round_without_pruning_is_a_round_of_fedavg(bert_device: Device) -> No
 def test_the_report_tells_what_happened(device: Device) -> None:
     done = trained(device, payload(after=0.5))
     report = done.report
-    assert report.steps == 2 + 2 * TAU
+    assert report.steps == 2 * TAU
     assert report.parameters == device.layout.prunable_parameters
     assert report.parameters_left == structures.parameters(device.layout, done.structure)
     assert report.step_s > 0
@@ -279,13 +279,62 @@ def test_importance_is_told_where_it_is_asked_for_and_known(device: Device) -> N
     done = trained(device, task)
     scores = importances.from_text(device.layout, done.metadata["fleetune.importance"])
     for group, bits, values in zip(device.layout.groups, done.structure.kept, scores, strict=True):
-        assert max(values) == 1.0
+        assert sum(values) == pytest.approx(structures.count(bits), rel=0.05)
         assert not any(values[unit] for unit in set(range(group.units)) - set(structures.units(bits)))
     later = payload(before=0.25, after=0.25, structure=structures.to_bytes(device.layout, done.structure))
     later.importance = True
     assert trained(device, later, number=2).metadata["fleetune.importance"] == done.metadata["fleetune.importance"], "in recovery, too"
     begin_anew()
-    assert "fleetune.importance" not in trained(device, later, number=3).metadata, "a new process does not know it"
+    anew = trained(device, later, number=3)
+    assert "fleetune.importance" in anew.metadata, "a new process gathers it"
+    assert (anew.structure, anew.report.steps) == (done.structure, 2 * TAU)
+
+
+def test_a_round_that_cuts_nothing_gathers_importance_where_it_is_asked_for(device: Device) -> None:
+    task = payload()
+    task.importance = True
+    first = trained(device, task)
+    assert first.structure == structures.whole(device.layout)
+    assert "fleetune.importance" in first.metadata
+    second = trained(device, payload(after=0.25), number=2)
+    assert not any("nothing is cut" in line for line in second.log)
+
+
+@pytest.mark.parametrize("events", [1, 2])
+def test_what_matters_least_to_the_fleet_goes_on_a_device_that_knows_nothing_itself(device: Device, events: int) -> None:
+    task = payload(after=0.5, events=events)
+    rising = [[1.0 + unit / group.units for unit in range(group.units)] for group in device.layout.groups]
+    task.fleet_importance = importances.to_text(rising)
+    done = trained(device, task)
+    keeps = sparsity.keeps(device.layout, 0.5)
+    # Of neurons that are told by the same byte its own gradients decide.
+    told = importances.from_text(device.layout, task.fleet_importance)
+    for group, bits, keep, values in zip(device.layout.groups, done.structure.kept, keeps, told, strict=True):
+        gone = set(range(group.units)) - set(structures.units(bits))
+        assert len(gone) == group.units - keep.units
+        assert max(values[unit] for unit in gone) <= min(values[unit] for unit in structures.units(bits))
+    assert (done.report.steps, done.structure.version) == (events * TAU, events)
+
+
+def test_its_own_importance_decides_among_units_that_matter_alike_to_the_fleet(device: Device) -> None:
+    found: list[Structure] = []
+    for told in ("", importances.to_text([[1.0] * group.units for group in device.layout.groups])):
+        begin_anew()
+        gathering = payload()
+        gathering.importance = True
+        trained(device, gathering)
+        cutting = payload(after=0.25, events=1)
+        cutting.fleet_importance = told
+        found.append(trained(device, cutting, number=2).structure)
+    assert found[0] == found[1] != structures.whole(device.layout)
+
+
+@pytest.mark.parametrize("wrong", ["AAAA", "?" * 40])
+def test_a_fleet_importance_of_another_model_is_refused(bert_device: Device, wrong: str) -> None:
+    task = payload(after=0.5)
+    task.fleet_importance = wrong
+    with pytest.raises(WireError, match="importance of units is refused"):
+        fedspine.train(bert_device.work(task), quiet)
 
 
 def test_the_update_norm_is_that_of_the_products(device: Device) -> None:
@@ -345,8 +394,9 @@ def test_a_new_process_goes_on_from_the_tasks_structure(device: Device) -> None:
     begin_anew()
     second = trained(device, payload(0.25, 0.5, first.report.structure), number=2)
     assert structures.nested(second.structure, first.structure)
-    # It has no importance, so it gathers it first; a process that has it does not.
-    assert second.report.steps == 2 + 2 * TAU
+    # It has no importance, so it lets the first cut be; a process that has it does not.
+    assert second.report.steps == 2 * TAU
+    assert second.structure.version == first.structure.version + 1
     third = trained(device, payload(0.5, 0.5, second.report.structure), number=3)
     assert (third.report.steps, third.structure) == (2 * TAU, second.structure)
 
@@ -354,7 +404,14 @@ def test_a_new_process_goes_on_from_the_tasks_structure(device: Device) -> None:
 def test_importance_is_kept_from_round_to_round(device: Device) -> None:
     first = trained(device, payload(after=0.25))
     second = trained(device, payload(0.25, 0.5, first.report.structure), number=2)
-    assert (first.report.steps, second.report.steps) == (2 + 2 * TAU, 2 * TAU)
+    assert [sum("nothing is cut" in line for line in done.log) for done in (first, second)] == [1, 0]
+
+
+def test_a_first_round_with_one_cut_takes_steps_more_to_know_what_to_cut(device: Device) -> None:
+    first = trained(device, payload(after=0.25, events=1))
+    assert (first.report.steps, first.structure.version) == (2 + TAU, 1)
+    second = trained(device, payload(0.25, 0.5, first.report.structure, events=1), number=2)
+    assert (second.report.steps, second.structure.version) == (TAU, 2)
 
 
 def test_a_device_whose_update_was_lost_begins_where_the_coordinator_says(device: Device) -> None:
@@ -438,8 +495,11 @@ def test_importance_that_is_not_finite_cuts_nothing(bert_device: Device, monkeyp
     monkeypatch.setattr(Importance, "observe", blind)
     done = trained(bert_device, payload(after=0.5))
     assert done.structure == structures.whole(bert_device.layout)
-    assert sum("nothing is cut" in line for line in done.log) == 2
-    assert done.report.steps == 2 + 2 * TAU
+    assert [line for line in done.log if "nothing is cut" in line] == [
+        "nothing is cut: nothing is known of this model's gradients yet",
+        "nothing is cut: no gradient since the last cut was finite",
+    ]
+    assert done.report.steps == 2 * TAU
     assert not any(memory.after for memory in fedspine.MEMORIES.values())
 
 
@@ -473,7 +533,7 @@ def test_the_steps_that_gather_do_not_move_the_schedule(bert_device: Device, mon
             return super().before(step, optimiser)
 
     monkeypatch.setattr(fedspine, "Pruner", Rates)
-    task = payload(after=0.25, schedule_offset=6, schedule_total=12)
+    task = payload(after=0.25, schedule_offset=6, schedule_total=12, events=1, tau=2 * TAU)
     task.schedule = "linear"
     trained(bert_device, task)
     assert seen == pytest.approx([1e-2 * left for left in (0.5, 0.5, 0.5, 5 / 12, 4 / 12, 3 / 12, 2 / 12, 1 / 12)])

@@ -52,6 +52,27 @@ def test_the_first_round_is_the_same_cheap_arm_for_everyone() -> None:
     assert all(pruning.structure == "" and pruning.sparsity_before == 0.0 for pruning in found)
 
 
+@pytest.mark.parametrize("choice", ["bandit", "fixed"])
+def test_a_fleet_that_shares_importance_cuts_nothing_in_the_first_round_and_is_at_the_target_in_time(choice: str) -> None:
+    settings = replace(SETTINGS, shares=True, choice=choice)
+    done = played(settings, 8, EVEN)  # 1 to gather, 5 steps of 0.1 at the most, 2 of recovery
+    assert {(pruning.pace, pruning.sparsity_after) for pruning in done[0].prunings} == {(0.0, 0.0)}
+    assert {pruning.rank for pruning in done[0].prunings} == {8 if choice == "bandit" else 16}
+    assert [pruning.sparsity_before for entry in done[-2:] for pruning in entry.prunings] == pytest.approx([0.5] * 6)
+
+
+def test_the_bandit_learns_nothing_of_the_round_that_gathers() -> None:
+    settings = replace(SETTINGS, shares=True)
+    spines, prunings = arms.choose(settings, {}, FLEET, 1, ROUNDS, seed=1)
+    entry = RoundEntry(1, "committed", 0.0, prunings=prunings)
+    told = {"loss_before": 1.0, "loss_after": 0.9, "update_norm": 1.0, "step_s": 0.1, "steps": 60.0}
+    update = Update(Blob("0" * 64, 1), 10, told, ready_s=6.0, sent_s=0.1)
+    entry.tasks["t"] = TaskEntry("t", "device-a", "a", "train", 1, "done", update=update)
+    after = arms.learn(settings, spines, entry)["device-a"]
+    assert after.bandit == spines["device-a"].bandit
+    assert after.is_timed
+
+
 def test_every_device_has_reached_the_target_before_the_rounds_of_recovery() -> None:
     last = played(SETTINGS, ROUNDS, EVEN)[-SETTINGS.recovery_rounds :]
     assert {pruning.sparsity_before for entry in last for pruning in entry.prunings} == {0.5}

@@ -5,7 +5,9 @@ After FedSpine (arXiv:2501.02438), reconstructed from its abstract and from what
 columns are gone for good, from the frozen weights, the pairs, and AdamW's moments alike. The base on the disk stays whole: each task says
 what the device's model has left, so a device that died, was installed anew or missed a round goes on from what the coordinator knows.
 
-Importance stays in this process's memory. A process that has none takes some steps before the first cut, in which it trains and gathers it.
+Where the task tells how much each unit matters to the whole fleet, what goes is what matters least to all; the device's own gradients
+decide among equals. Importance of its own stays in this process's memory. Where neither is known the round's first cut is let be, as the
+later ones catch up with it; where there is but one, some steps more come before it, in which the device trains and gathers importance.
 
 | symbol | name |
 | --- | --- |
@@ -64,6 +66,9 @@ DEADLINE_SHARE = 0.8
 
 OBSERVED_EVERY = 2
 """Steps. Importance takes as long as a sixth of a step over 16 short rows; of every other batch the mean tells hardly less."""
+
+OWN_SHARE = importances.SPAN / 255**2
+"""What a device's own importance adds to the fleet's at the most: the least that the fleet's differ by."""
 
 MEMORIES_KEPT = 2
 """Jobs whose importance is remembered; a child works on one at a time."""
@@ -200,15 +205,18 @@ class Pruner:
         self._round = _round(task)
         self._stop_at = stop_at
         self._emit = emit
+        self._fleet = importances.from_text(slim.layout, task.fleet_importance) if task.fleet_importance else None
         # Recovery needs no importance; what was known before it stays as it was.
-        prunes = self._round.after > self._round.before
-        self._importance = Importance(slim.pruned, task.importance_decay) if prunes else None
+        self._prunes = self._round.after > self._round.before
+        gathers = self._prunes or (task.importance and known is None)
+        self._importance = Importance(slim.pruned, task.importance_decay) if gathers else None
         self._known = known
         if self._importance is not None and known is not None:
             self._importance.restore(known.values, known.steps)
         self._seen = known is not None
         """Whether the gradients of any step since the last cut, or of earlier rounds before the first, could be used."""
-        self.gathering_steps = max(1, int(task.gathering_steps)) if prunes and known is None else 0
+        blind = self._prunes and known is None and self._fleet is None
+        self.gathering_steps = max(1, int(task.gathering_steps)) if blind and self._round.events == 1 else 0
         self._step = 0
         self.seconds = 0.0
 
@@ -218,10 +226,11 @@ class Pruner:
             self._emit("log", text=f"the deadline is near: {step} steps are all of this round")
             return "stop"
         wanted = self._round.at(step - self.gathering_steps) if step >= self.gathering_steps else None
-        if self._importance is None or wanted is None:
+        if not self._prunes or self._importance is None or wanted is None:
             return "go"
-        if not self._seen:
-            self._emit("log", text="nothing is cut: no gradient since the last cut was finite")
+        if not self._seen and self._fleet is None:
+            why = "no gradient since the last cut was finite" if step else "nothing is known of this model's gradients yet"
+            self._emit("log", text=f"nothing is cut: {why}")
             return "go"
         began = time.monotonic()
         changed = self._cut(self._importance, wanted, optimiser)
@@ -249,14 +258,23 @@ class Pruner:
         return _Scores(self._slim.structure, values, self._importance.steps)
 
     def _cut(self, importance: Importance, wanted: float, optimiser: torch.optim.Optimizer) -> bool:
-        slim = self._slim
-        after = structures.choose(slim.layout, slim.structure, sparsity.keeps(slim.layout, wanted), importance.scores())
+        slim, own = self._slim, importance.scores()
+        scores = own if self._fleet is None else _among_equals(self._fleet, own)
+        after = structures.choose(slim.layout, slim.structure, sparsity.keeps(slim.layout, wanted), scores)
         if not slim.pruned.cut_to(after, optimiser):
             return False
         self._seen = False
         gone = structures.sparsity(slim.layout, after)
         self._emit("log", text=f"cut to structure {after.version}: {100 * gone:.1f} % of the prunable parameters are gone")
         return True
+
+
+def _among_equals(fleet: importances.Scores, own: importances.Scores) -> importances.Scores:
+    """The fleet's scores, in which a device's own count for less than a step of a byte."""
+    return [
+        [value + (OWN_SHARE * mine / most if most > 0 else 0.0) for value, mine in zip(of_all, of_device, strict=True)]
+        for of_all, of_device, most in ((group, mine, max(mine, default=0.0)) for group, mine in zip(fleet, own, strict=True))
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------- importance

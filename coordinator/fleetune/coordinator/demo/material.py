@@ -349,8 +349,10 @@ def _method(settings: DemoSettings) -> str:
         return ""
     if settings.method == "fedspine":
         recovery = min(RECOVERY_ROUNDS, settings.rounds // 3)
+        # The first round shows what matters, where there is more than one that may cut.
+        shares = settings.rounds - recovery > 1
         # A short demo cuts more at once, so that it ends at the same sparsity.
-        step = max(0.1, round(0.5 / max(1, settings.rounds - recovery) + 0.005, 2))
+        step = max(0.1, round(0.5 / max(1, settings.rounds - recovery - shares) + 0.005, 2))
         return f"""
 [method]
 name = "fedspine"
@@ -358,6 +360,7 @@ sparsity = 0.5
 prune_every = {PRUNE_EVERY}
 prune_step = {step}
 recovery_rounds = {recovery}
+importance = "{"fleet" if shares else "own"}"
 """
     if settings.method == "fedara":
         return """

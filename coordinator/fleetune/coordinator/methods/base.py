@@ -29,6 +29,8 @@ class RoundFacts:
     """What each device prunes; only for methods that do."""
     names: Mapping[str, str] = field(default_factory=dict[str, str])
     """Device id -> its name, as the round's tasks hold it."""
+    importance: str = ""
+    """How much heads and neurons matter to the fleet; only for methods that prune."""
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     """Module -> triplets of its adapter in the state that the tasks begin with; only for methods whose adapters lose some."""
 

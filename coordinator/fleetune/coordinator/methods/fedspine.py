@@ -5,7 +5,7 @@ docs/methods.md. Importance: after LoRAPrune (Zhang et al. 2023). Aggregation: t
 kept a row or column, as in `lora.rules`.
 Idea: a fine-tuned model should also be small enough to run on the device. In each round a bandit per device picks how much to cut and
 of which rank its pairs are, from how the loss fell, how much was cut and how long the device took beside the others. Importance comes from
-the gradients of the pairs, which training makes anyway. What a device keeps is known here, so a task says it all: a device may die, be
+the gradients of the pairs, which training makes anyway; devices tell it, and their mean says what goes next on all of them. What a device keeps is known here, so a task says it all: a device may die, be
 installed anew or miss a round, and nothing has to be agreed upon afterwards.
 
     symbol      name in code
@@ -21,6 +21,7 @@ Siblings: proto/fleetune/methods/v1/fedspine.proto, agent/fleetune/agent/methods
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,9 +35,28 @@ from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.methods.v1 import fedspine_pb2
 
 
+TELLERS_MAX = 64
+"""Devices of a round that tell it for the next one: more would change the mean by little, and all of it is stored with the open round."""
+
+
 def tells_importance(spec: JobSpec, number: int) -> bool:
-    """Whether devices tell the importance of heads and neurons in a round: once it changes no more, for whoever takes the job's result."""
+    """Whether devices tell the importance of heads and neurons in a round: for the fleet's next cuts where it is shared, and once it
+    changes no more, for whoever takes the job's result."""
+    return spec.method.importance == "fleet" or is_settled(spec, number)
+
+
+def is_settled(spec: JobSpec, number: int) -> bool:
+    """Whether a round's importance is as the last ones' is: nothing is cut after it but by devices that are late."""
     return number >= spec.rounds.count - spec.method.recovery_rounds
+
+
+def _tellers(spec: JobSpec, facts: RoundFacts) -> frozenset[str]:
+    if not tells_importance(spec, facts.number):
+        return frozenset()
+    devices = [pruning.device_id for pruning in facts.prunings]
+    if is_settled(spec, facts.number) or len(devices) <= TELLERS_MAX:
+        return frozenset(devices)
+    return frozenset(sorted(devices, key=lambda device: zlib.crc32(f"{facts.number}/{device}".encode()))[:TELLERS_MAX])
 
 
 class Fedspine:
@@ -47,9 +67,10 @@ class Fedspine:
 
     def assign(self, spec: JobSpec, facts: RoundFacts) -> Mapping[str, Message]:
         """A task for every device that the round has a pruning for."""
-        return {pruning.device_id: self._task(spec, facts, pruning) for pruning in facts.prunings}
+        tellers = _tellers(spec, facts)
+        return {pruning.device_id: self._task(spec, facts, pruning, pruning.device_id in tellers) for pruning in facts.prunings}
 
-    def _task(self, spec: JobSpec, facts: RoundFacts, pruning: Pruning) -> Message:
+    def _task(self, spec: JobSpec, facts: RoundFacts, pruning: Pruning, tells: bool) -> Message:
         training, method = spec.training, spec.method
         return fedspine_pb2.FedspineTask(
             structure=bytes.fromhex(pruning.structure),
@@ -72,7 +93,9 @@ class Fedspine:
             max_grad_norm=training.max_grad_norm,
             update_dtype=method.update_dtype,
             probe_rows=method.probe_rows,
-            importance=tells_importance(spec, facts.number),
+            importance=tells,
+            # Whoever cuts nothing has no use for it.
+            fleet_importance=facts.importance if pruning.sparsity_after > pruning.sparsity_before else "",
         )
 
     def fold(self, spec: JobSpec, number: int) -> LoraFold:

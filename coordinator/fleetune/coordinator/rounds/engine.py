@@ -559,6 +559,7 @@ class Engine:
                 plan=round_.plan if round_ is not None and kind == "train" else None,
                 depth_count=len(prepared.blocks) if prepared is not None else 0,
                 prunings=job.machine.prunings(command.kind),
+                importance=job.machine.importance,
                 names={task.device_id: task.device_name for task in tasks},
                 ranks=job.machine.ranks_of(command.kind),
             )

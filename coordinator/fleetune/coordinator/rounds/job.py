@@ -137,6 +137,7 @@ def prune_settings(spec: JobSpec) -> PruneSettings:
         tau=method.prune_every,
         step_max=method.prune_step,
         recovery_rounds=method.recovery_rounds,
+        shares=method.importance == "fleet",
         choice=method.arms,
         pace=method.pace,
         rank=spec.lora.rank,

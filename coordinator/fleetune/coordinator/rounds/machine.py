@@ -45,7 +45,7 @@ from fleetune.coordinator.domain import (
     TaskStatus,
     Update,
 )
-from fleetune.coordinator.rounds import arms, normbound, ranking, timing
+from fleetune.coordinator.rounds import arms, fleetimportance, normbound, ranking, timing
 from fleetune.coordinator.rounds.arms import Spine
 
 ROUND_ATTEMPTS = 5
@@ -428,6 +428,8 @@ class JobMachine:
     last_failure_device: str = ""
     spines: dict[str, Spine] = field(default_factory=dict[str, Spine])
     """Device id -> what it has pruned, and what is known of its arms; in jobs that prune."""
+    importance: str = ""
+    """How much heads and neurons matter to the fleet, as `importances.to_text` writes it; in jobs that prune by it, once it is known."""
     ranks: dict[str, int] = field(default_factory=dict[str, int])
     """Module -> triplets that its adapter has now; in jobs whose adapters lose some."""
     trainables_digest: str = ""
@@ -1143,6 +1145,10 @@ class JobMachine:
         self._learn(entry)
         if self.plan.pruning is not None:
             self.spines = arms.learn(self.plan.pruning, self.spines, entry)
+            if self.plan.pruning.shares:
+                self.importance = fleetimportance.mean(entry) or self.importance
+            if entry.number < self.plan.rounds - self.plan.pruning.recovery_rounds:
+                fleetimportance.drop(entry)
         self._note_norms(entry)
         commands: list[Command] = [CommitRound(entry)]
         stop = self._judge(entry)

@@ -43,6 +43,7 @@ class FedspineTask(_message.Message):
     PROBE_ROWS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     IMPORTANCE_FIELD_NUMBER: _builtins.int
+    FLEET_IMPORTANCE_FIELD_NUMBER: _builtins.int
     structure: _builtins.bytes
     """What the device's model keeps when the round begins, as fleetune.structures writes it; empty: everything."""
     sparsity_before: _builtins.float
@@ -52,7 +53,9 @@ class FedspineTask(_message.Message):
     """Times that something is cut in this round, and local steps after each of them."""
     tau: _builtins.int
     gathering_steps: _builtins.int
-    """Local steps that only gather importance where the device has none, before anything is cut."""
+    """Local steps that only gather importance before anything is cut, where nothing is known of it and `events` is 1; otherwise the first
+    event is let be.
+    """
     importance_decay: _builtins.float
     """Decay of the moving average of importance over local steps."""
     rank: _builtins.int
@@ -75,7 +78,9 @@ class FedspineTask(_message.Message):
     scale: _builtins.float
     """What every device multiplies the product of its matrices by, whatever its rank: so the first directions mean the same to all."""
     importance: _builtins.bool
-    """Whether the update's metadata are to tell the importance of each head and neuron, where the device knows it."""
+    """Whether the update's metadata are to tell the importance of each head and neuron; a device that knows nothing of it gathers it."""
+    fleet_importance: _builtins.str
+    """How much they matter to the fleet, as fleetune.importances writes it: what is cut goes by it. Empty: by the device's own gradients."""
     def __init__(
         self,
         *,
@@ -100,10 +105,11 @@ class FedspineTask(_message.Message):
         probe_rows: _builtins.int = ...,
         scale: _builtins.float = ...,
         importance: _builtins.bool = ...,
+        fleet_importance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "events", b"events", "gathering_steps", b"gathering_steps", "gradient_accumulation", b"gradient_accumulation", "importance", b"importance", "importance_decay", b"importance_decay", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "probe_rows", b"probe_rows", "rank", b"rank", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "structure", b"structure", "tau", b"tau", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "events", b"events", "fleet_importance", b"fleet_importance", "gathering_steps", b"gathering_steps", "gradient_accumulation", b"gradient_accumulation", "importance", b"importance", "importance_decay", b"importance_decay", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "probe_rows", b"probe_rows", "rank", b"rank", "scale", b"scale", "schedule", b"schedule", "schedule_offset", b"schedule_offset", "schedule_total", b"schedule_total", "sparsity_after", b"sparsity_after", "sparsity_before", b"sparsity_before", "structure", b"structure", "tau", b"tau", "update_dtype", b"update_dtype", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
