@@ -241,7 +241,9 @@ class Crowds:
         deadline_s = time.monotonic() + within_s
         while time.monotonic() < deadline_s:
             answers = await self.ask(since_s)
-            if sum(_number(answer["connected"]) for answer in answers) == agents:
+            # Not by who counts as connected alone: a process that was held up may not have heard yet that it is not any more.
+            since = [connects for answer in answers for connects in _lists(answer["connects_s"])]
+            if sum(_number(answer["connected"]) for answer in answers) == agents and all(since):
                 return True
             await asyncio.sleep(0.2)
         return False

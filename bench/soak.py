@@ -59,9 +59,12 @@ class Outcome:
     samples: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
 
     def quarter(self, name: str, number: int, what: str) -> list[int]:
-        """Figures of a process in one of the four quarters of the rounds, counted from 1."""
-        begin, end = (number - 1) * self.rounds / 4, number * self.rounds / 4
-        return [int(getattr(sample, what)) for sample in self.samples[name] if begin < sample.round_number <= end]
+        """Figures of a process in one of the four quarters of the rounds that were seen, counted from 1.
+
+        Where this process was held up, the next rounds were over before it looked again: no quarter is empty for that.
+        """
+        seen = self.samples[name]
+        return [int(getattr(sample, what)) for sample in seen[(number - 1) * len(seen) // 4 : number * len(seen) // 4]]
 
     def median(self, name: str, number: int, what: str) -> float:
         return statistics.median(self.quarter(name, number, what) or [0])

@@ -155,7 +155,8 @@ class Fleet:
 async def upgraded(fleet: Fleet, outcome: Outcome) -> None:
     """One job undisturbed by the earlier version alone, the same again while everything is replaced."""
     names = [f"upgrade-{number}" for number in range(outcome.agents)]
-    outcome.rounds = ROUNDS_BETWEEN * (outcome.agents + 2) * 4
+    # Many more than there are steps: the job is not to be over where this process is held up for some seconds.
+    outcome.rounds = ROUNDS_BETWEEN * (outcome.agents + 2) * 10
     await fleet.coordinator(old=True)
     for name in names:
         fleet.agent(name, old=True)

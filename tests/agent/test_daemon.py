@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 
 from fleetune.v1 import fleet_pb2, messages_pb2
-from support.agent_process import agent
+from support.agent_process import PATIENT_PROGRAM, WAIT_S, agent
 from support.fake_coordinator import FakeCoordinator, echo_task, state_bytes
 
 pytestmark = pytest.mark.e2e
@@ -68,7 +68,7 @@ async def test_a_stopped_agent_says_goodbye_leaves_no_process_and_prints_no_trac
     coordinator: FakeCoordinator, tmp_path: Path, number: signal.Signals
 ) -> None:
     state = coordinator.add_blob(state_bytes(1000))
-    async with agent(tmp_path / "one", coordinator.address) as running:
+    async with agent(tmp_path / "one", coordinator.address, program=PATIENT_PROGRAM) as running:
         await coordinator.until(lambda: coordinator.sessions == 1)
         coordinator.send(task=echo_task("t1", state))
         await coordinator.until(lambda: bool(coordinator.finished()))
@@ -91,7 +91,7 @@ async def test_an_agent_killed_after_training_delivers_its_update_when_it_is_bac
         children = running.children()
         await running.end(signal.SIGKILL)
         # The child goes with its parent: nothing trains for nobody.
-        await asyncio.to_thread(psutil.wait_procs, children, 10)
+        await asyncio.to_thread(psutil.wait_procs, children, WAIT_S)
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
         coordinator.cut_uploads = []
         await running.start()

@@ -258,7 +258,9 @@ async def test_a_coordinator_that_was_never_reached_ends_the_session_after_the_t
             await asyncio.wait_for(running, WAIT_S)
 
 
-async def test_leaving_is_told_and_ends_the_session(coordinator: FakeCoordinator) -> None:
+async def test_leaving_is_told_and_ends_the_session(coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is the coordinator that ends the stream, once it has heard: however long that takes here.
+    monkeypatch.setattr(sessions, "LEAVE_DEADLINE_S", WAIT_S)
     ear = Ear()
     async with opened(coordinator.address, ear) as (session, running):
         await ear.until("connected")

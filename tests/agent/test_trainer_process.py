@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest_asyncio
 
 from fleetune.agent.trainer.process import Trainer
 from fleetune.child.process import ChildDied, ChildError
+from support.pinging_child import GATE
 
 
 @pytest_asyncio.fixture
@@ -61,12 +61,14 @@ async def test_a_task_that_follows_keeps_the_child_warm(trainer: Trainer) -> Non
     assert (await ping(trainer))["pid"] == before["pid"]
 
 
-async def test_a_task_cancelled_while_the_child_starts_leaves_it_to_the_next_one() -> None:
-    trainer = Trainer({"PYTHONPATH": str(Path(__file__).parents[1])}, module="support.pinging_child")
+async def test_a_task_cancelled_while_the_child_starts_leaves_it_to_the_next_one(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    trainer = Trainer({"PYTHONPATH": str(Path(__file__).parents[1]), GATE: str(gate)}, module="support.pinging_child")
     trainer.prepare(with_torch=True)
     while (pid := trainer.pid) is None:  # noqa: ASYNC110  # nobody announces it
         await asyncio.sleep(0.01)
-    os.kill(pid, signal.SIGSTOP)  # the first answer of all is still to come
+    # The first answer of all is still to come.
     first = asyncio.create_task(ping(trainer))
     await asyncio.sleep(0)
     first.cancel()
@@ -74,8 +76,9 @@ async def test_a_task_cancelled_while_the_child_starts_leaves_it_to_the_next_one
         await first
     second = asyncio.create_task(ping(trainer))
     await asyncio.sleep(0)
-    os.kill(pid, signal.SIGCONT)
+    opened = os.open(gate, os.O_RDWR)
     assert (await second)["pid"] == pid
+    os.close(opened)
     await trainer.stop()
 
 

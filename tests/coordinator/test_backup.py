@@ -124,8 +124,10 @@ def test_a_clock_that_went_back_still_gives_a_new_epoch(made: Path, tmp_path: Pa
     assert restore.restore(made, tmp_path / "new", now_unix_s=0.0).epoch == 2
 
 
-async def test_a_backup_beside_a_coordinator_at_work_can_be_restored(tmp_path: Path) -> None:
+async def test_a_backup_beside_a_coordinator_at_work_can_be_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Round after round lets blobs go while the backups are being made."""
+    # These rounds take moments. Where the backup's thread is held up for longer than that, each attempt meets another round.
+    monkeypatch.setattr(backup, "ATTEMPTS", 100_000)
     async with coordinating(tmp_path / "state") as coordinator:
         job = await coordinator.submit(echo_job(rounds=30))
         async with EchoAgent(coordinator.address, "a") as a:

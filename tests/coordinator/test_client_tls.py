@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
+import socket
+import ssl
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +62,42 @@ async def test_a_wrong_identity_is_told_as_such(authority: Authority, wrong: str
     async with serving(running(), credentials=credentials) as address, Client(address, identities[wrong]) as client:
         with pytest.raises(UnreachableError, match=words):
             await client.jobs()
+
+
+@contextlib.contextmanager
+def hanging_up(authority: Authority, folder: Path) -> Iterator[str]:
+    """A coordinator that ends the connection after the handshake, once more has come, which it leaves unread."""
+    leaf = authority.leaf()
+    (folder / "server.pem").write_bytes(leaf.certificate + authority.root)
+    (folder / "server.key").write_bytes(leaf.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    context.set_alpn_protocols(["h2"])
+
+    def run(listener: socket.socket) -> None:
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), context.wrap_socket(accepted, server_side=True) as shaken:
+                select.select([shaken], [], [], 60)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=run, args=(listener,), name="hanging up")
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+async def test_a_hang_up_that_meets_the_first_words_is_told_as_any_other(authority: Authority, tmp_path: Path) -> None:
+    with hanging_up(authority, tmp_path) as address:
+        async with Client(address, authority.agent()) as client:
+            with pytest.raises(UnreachableError, match="closed the connection when it saw the certificate of 'one'"):
+                await client.jobs()
 
 
 async def test_a_coordinator_in_plaintext_is_told_as_such(authority: Authority) -> None:

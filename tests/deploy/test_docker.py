@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,15 @@ def test_monitoring_is_off_unless_asked_for_and_grafana_finds_what_it_is_provisi
 # ------------------------------------------------------------------------------------------------------------------- watched.py
 
 DAEMON = """
-import os, signal, socket, sys
+import os, signal, socket, sys, time
 def said(text):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
         own.sendto(text.encode(), os.environ["NOTIFY_SOCKET"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 said("READY=1\\nSTATUS=idle")
 print("told", flush=True)
-signal.pause()
+while True:  # a signal just before signal.pause() would not end that
+    time.sleep(0.05)
 """
 
 
@@ -186,10 +188,11 @@ def test_a_watched_daemon_is_healthy_once_it_is_ready_and_its_exit_code_is_hande
         assert daemon.stdout.readline() == "told\n"
         while not (tmp_path / "watch" / "last").exists():
             assert daemon.poll() is None
+            time.sleep(0.01)
         code, said = checked(tmp_path)
         assert (code, said[:12]) == (0, "ready: idle,")
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=30) == 7
+        assert daemon.wait(timeout=180) == 7
 
 
 def test_a_daemon_whose_pings_stay_away_is_unhealthy(tmp_path: Path) -> None:
@@ -202,4 +205,4 @@ def test_a_daemon_whose_pings_stay_away_is_unhealthy(tmp_path: Path) -> None:
 
 def test_a_container_that_is_killed_ends_with_the_code_that_docker_gives_for_it(tmp_path: Path) -> None:
     with watched(tmp_path, "--", sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)") as daemon:
-        assert daemon.wait(timeout=30) == 137
+        assert daemon.wait(timeout=180) == 137

@@ -14,6 +14,9 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs sockets of the file system")]
 
+WATCHDOG_USEC = "30000000"
+"""So seldom that pings which nobody reads do not fill the socket: what comes then is not sent a second time."""
+
 
 class Supervised:
     """A daemon and what it tells; killed at the end."""
@@ -23,7 +26,7 @@ class Supervised:
         self._listener.bind(str(folder / "notify"))
         self._listener.settimeout(60)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEETUNE_")}
-        told = {"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "300000", "HOME": str(folder)}
+        told = {"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": WATCHDOG_USEC, "HOME": str(folder)}
         self._log = (folder / "log").open("wb")
         self.process = subprocess.Popen([sys.executable, "-m", *words], env={**kept, **told}, stdout=self._log, stderr=self._log)
 
@@ -37,7 +40,7 @@ class Supervised:
     def end(self) -> int:
         self.process.terminate()
         assert self.hear("STOPPING=1")["STATUS"]
-        return self.process.wait(30)
+        return self.process.wait(180)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -19,6 +19,7 @@ from fleetune.v1 import blob_pb2, control_pb2, control_pb2_grpc, messages_pb2
 from fleetune.wire import channel
 from support.coordinating import echo_job
 from support.echo_agent import EchoAgent, chunks
+from support.ports import HeldPort
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -33,7 +34,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(state_dir: Path, listen: str = "127.0.0.1:0", stderr: Path | None = None) -> AsyncGenerator[Served]:
+async def serving(state_dir: Path, listen: str, stderr: Path | None = None) -> AsyncGenerator[Served]:
     """A coordinator in plaintext that is ready; it must have ended by itself or by the test when this is left, or it is killed."""
     address = state_dir / "address"
     address.unlink(missing_ok=True)
@@ -76,55 +77,59 @@ async def health(address: str) -> int:
 
 
 async def test_uploads_under_way_end_within_the_grace_and_count_after_the_restart(tmp_path: Path) -> None:
-    state, listen = tmp_path / "state", "127.0.0.1:0"
+    state = tmp_path / "state"
     state.mkdir()
-    for number in range(RESTARTS):
-        async with serving(state, listen) as served:
-            listen = served.address
-            await submitted(served.address, echo_job(rounds=1, minimum=2, state_mib=0.5), f"the-drained-job-{number}")
-            async with EchoAgent(served.address, "a") as a, EchoAgent(served.address, "b") as b:
-                tasks = [await agent.next_task() for agent in (a, b)]
-                updates = [await agent.trained(task) for agent, task in zip((a, b), tasks, strict=True)]
+    with HeldPort() as port:
+        for number in range(RESTARTS):
+            await drained_and_started_again(state, port.address, number)
 
-                async def slowly(agent: EchoAgent, task: messages_pb2.Task, data: bytes, told: asyncio.Event) -> messages_pb2.Receipt:
-                    async def requests() -> AsyncIterator[blob_pb2.UploadRequest]:
-                        yield blob_pb2.UploadRequest(header=agent.header(task, data))
-                        first, *rest = chunks(data, 0, len(data))
-                        yield blob_pb2.UploadRequest(chunk=first)
-                        told.set()
-                        await asyncio.wait_for(agent.draining.wait(), READY_S)
-                        for chunk in rest:
-                            yield blob_pb2.UploadRequest(chunk=chunk)
 
-                    return await agent.stream(requests())
+async def drained_and_started_again(state: Path, listen: str, number: int) -> None:
+    async with serving(state, listen) as served:
+        await submitted(served.address, echo_job(rounds=1, minimum=2, state_mib=0.5), f"the-drained-job-{number}")
+        async with EchoAgent(served.address, "a") as a, EchoAgent(served.address, "b") as b:
+            tasks = [await agent.next_task() for agent in (a, b)]
+            updates = [await agent.trained(task) for agent, task in zip((a, b), tasks, strict=True)]
 
-                begun = asyncio.Event(), asyncio.Event()
-                uploads = [
-                    asyncio.create_task(slowly(agent, task, data, told))
-                    for agent, task, data, told in zip((a, b), tasks, updates, begun, strict=True)
-                ]
-                await asyncio.gather(*(told.wait() for told in begun))
-                # The coordinator has the first bytes of both: their status says so.
-                for agent, task, data in zip((a, b), tasks, updates, strict=True):
-                    while not (await agent.status(task, data)).offset:  # noqa: ASYNC110  # written by a thread of the other process
-                        await asyncio.sleep(0.01)
-                served.process.send_signal(signal.SIGTERM)
-                receipts = await asyncio.gather(*uploads)
-                assert [receipt.status for receipt in receipts] == [messages_pb2.RECEIPT_STATUS_ACCEPTED] * 2
-            assert await asyncio.wait_for(served.process.wait(), READY_S) == 0
-        async with serving(state, listen) as served:
-            job = await completed(served.address)
-            # Both acknowledged updates, and nobody had to send or train anything again.
-            assert (job.rounds_committed, job.history[0].updates_folded) == (1, 2)
+            async def slowly(agent: EchoAgent, task: messages_pb2.Task, data: bytes, told: asyncio.Event) -> messages_pb2.Receipt:
+                async def requests() -> AsyncIterator[blob_pb2.UploadRequest]:
+                    yield blob_pb2.UploadRequest(header=agent.header(task, data))
+                    first, *rest = chunks(data, 0, len(data))
+                    yield blob_pb2.UploadRequest(chunk=first)
+                    told.set()
+                    await asyncio.wait_for(agent.draining.wait(), READY_S)
+                    for chunk in rest:
+                        yield blob_pb2.UploadRequest(chunk=chunk)
+
+                return await agent.stream(requests())
+
+            begun = asyncio.Event(), asyncio.Event()
+            uploads = [
+                asyncio.create_task(slowly(agent, task, data, told))
+                for agent, task, data, told in zip((a, b), tasks, updates, begun, strict=True)
+            ]
+            await asyncio.gather(*(told.wait() for told in begun))
+            # The coordinator has the first bytes of both: their status says so.
+            for agent, task, data in zip((a, b), tasks, updates, strict=True):
+                while not (await agent.status(task, data)).offset:  # noqa: ASYNC110  # written by a thread of the other process
+                    await asyncio.sleep(0.01)
             served.process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(served.process.wait(), READY_S) == 0
+            receipts = await asyncio.gather(*uploads)
+            assert [receipt.status for receipt in receipts] == [messages_pb2.RECEIPT_STATUS_ACCEPTED] * 2
+        assert await asyncio.wait_for(served.process.wait(), READY_S) == 0
+    async with serving(state, listen) as served:
+        job = await completed(served.address)
+        # Both acknowledged updates, and nobody had to send or train anything again.
+        assert (job.rounds_committed, job.history[0].updates_folded) == (1, 2)
+        served.process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(served.process.wait(), READY_S) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 async def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
-    async with serving(state, stderr=Path("/dev/full")) as served:
+    async with serving(state, "127.0.0.1:0", stderr=Path("/dev/full")) as served:
         job_id = await submitted(served.address, echo_job(rounds=3), "the-job-nobody-reads-of")
         async with EchoAgent(served.address, "a") as a:
             a.serve()

@@ -56,6 +56,8 @@ def test_a_device_behind_a_dead_link_is_left_behind_keeps_its_result_and_takes_p
         link.lead(fleet.address)
         fleet.start("a")
         fleet.start("b")
+        # What it sends to measure its link is not to be taken for its upload.
+        fleet.poll(lambda: "link measured" in fleet.log_of("b"), "b to have measured its link")
         link.hold_in_upload(512 << 10)
         job = fleet.submit(echo_job(2, mib=2.0))
         fleet.until(job, lambda view: view.rounds_committed == 1, "the round to close without b")
@@ -97,8 +99,10 @@ def test_a_link_that_flaps_costs_no_update_and_no_process(tmp_path: Path) -> Non
 
 def test_an_agent_that_waits_for_its_coordinator_takes_next_to_nothing(tmp_path: Path) -> None:
     with Fleet(tmp_path, {"a": Agent()}) as fleet:
+        # It may have had to try more than once at its start.
+        before_it = fleet.log_of("a").count("not connected, retrying")
         fleet.stop_coordinator()
-        fleet.poll(lambda: "not connected, retrying" in fleet.log_of("a"), "the agent to notice")
+        fleet.poll(lambda: fleet.log_of("a").count("not connected, retrying") > before_it, "the agent to notice")
         process = psutil.Process(fleet.pid("a"))
         before = process.cpu_times()
         # The subject of the test: processor time over a stretch of waiting.
@@ -106,7 +110,7 @@ def test_an_agent_that_waits_for_its_coordinator_takes_next_to_nothing(tmp_path:
         after = process.cpu_times()
         share = (after.user + after.system - before.user - before.system) / WAIT_S
         assert share < WAITING_CPU_SHARE_MAX, f"{share:.1%} of a core"
-        assert fleet.log_of("a").count("not connected, retrying") == 1, "said once per trouble"
+        assert fleet.log_of("a").count("not connected, retrying") == before_it + 1, "said once per trouble"
         fleet.start_coordinator()
         fleet.online("a")
 

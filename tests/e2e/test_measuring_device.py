@@ -54,5 +54,5 @@ def test_two_devices_train_and_a_third_measures(tmp_path: Path, bert: Path) -> N
         panel = fleet.devices()["panel"]
         assert (list(panel.train_data_names), list(panel.validation_data_names)) == ([], ["colours"])
 
-        waiting = fleet.wait(fleet.submit(job(bert, minimum=3, rounds=1, wait_s=0.5)))
+        waiting = fleet.wait(fleet.submit(job(bert, minimum=3, rounds=1, wait_s=4)))
         assert "2 of at least 3 are ready" in waiting.message

@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fleetune.coordinator.exitcodes import ExitCode
 from support.fleet import Agent, Fleet, toml
+from support.ports import HeldPort
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -34,7 +35,7 @@ WAIT_S = 180.0
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    options = ("--metrics-listen", "127.0.0.1:0", "--heartbeat-s", "0.5", "--lease-s", "5")
+    options = ("--metrics-listen", "127.0.0.1:0", "--heartbeat-s", "0.5", "--lease-s", "60")
     with Fleet(tmp_path / "fleet", {"oak": Agent(), "elm": Agent()}, coordinator=options) as running:
         yield running
 
@@ -54,6 +55,7 @@ def test_what_boards_say_of_themselves_is_told_for_each(fleet: Fleet) -> None:
     assert fleet.completed(JOB).rounds_committed == 3
     both = {("fleetune_device_cpu_ratio", name) for name in ("oak", "elm")}
     fleet.poll(lambda: both <= told(fleet).keys(), "heartbeats")
+    fleet.poll(lambda: told(fleet)["fleetune_rounds_committed_total", ""] == 3, "three rounds")
     found = told(fleet)
     for name in ("oak", "elm"):
         assert found["fleetune_device_online", name] == 1
@@ -62,7 +64,6 @@ def test_what_boards_say_of_themselves_is_told_for_each(fleet: Fleet) -> None:
         assert found["fleetune_device_agent_resident_memory_bytes", name] > 5e6
         assert found["fleetune_device_certificate_expiry_timestamp_seconds", name] > time.time()
         assert abs(found["fleetune_device_last_heard_timestamp_seconds", name] - time.time()) < WAIT_S
-    assert found["fleetune_rounds_committed_total", ""] == 3
     assert found["process_resident_memory_bytes", ""] > 1e7
     fleet.stop("oak")
     fleet.poll(lambda: told(fleet)["fleetune_device_online", "oak"] == 0, "the device to be gone")
@@ -93,9 +94,13 @@ def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_the_alerts(f
         until(api, 'fleetune_device_cpu_ratio{device="oak"}')
         until(api, "fleetune_rounds_committed_total == 3")
         until(api, 'rate(fleetune_scrapes_total{status="200"}[1m])')  # a second look at everything
-        empty = [where for where, query in queries() if not asked(api, query)]
-        # Nothing is wrong and nothing is planned: alerts keep quiet, and these have no samples.
-        assert {where for where in empty if not where.startswith("Fleetune")} <= MAY_BE_EMPTY
+        for where, query in queries():
+            # Nothing is wrong and nothing is planned: alerts keep quiet, and some have no samples. All others have, though a look that came
+            # late lets them be away until the next.
+            if where in MAY_BE_EMPTY or where.startswith("Fleetune"):
+                asked(api, query)
+            else:
+                until(api, query)
         firing = asked(api, 'ALERTS{alertstate="firing"}')
         assert firing == []
 
@@ -129,19 +134,17 @@ def watching(folder: Path, target: str) -> Iterator[str]:
     settings["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in settings["rule_files"]]
     settings["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        listen = f"127.0.0.1:{free.getsockname()[1]}"
-    with (folder / "prometheus.log").open("w") as log:
-        options = (f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={listen}")
-        process = subprocess.Popen(["prometheus", *options], stdout=log, stderr=log)
-    try:
-        yield f"http://{listen}/api/v1/query"
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with HeldPort() as port, (folder / "prometheus.log").open("w") as log:
+        options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}"]
+        process = subprocess.Popen(["prometheus", *options, f"--web.listen-address={port.address}"], stdout=log, stderr=log)
         try:
-            process.wait(WAIT_S)
+            yield f"http://{port.address}/api/v1/query"
         finally:
-            process.kill()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(WAIT_S)
+            finally:
+                process.kill()
 
 
 def asked(api: str, query: str) -> list[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from fleetune import architectures, structures
+from fleetune import architectures, importances, structures
 from fleetune.v1 import control_pb2, messages_pb2
 from support import tiny_models
 from support.fleet import Agent, Fleet, JobView, toml
@@ -18,6 +20,9 @@ from support.fleet import Agent, Fleet, JobView, toml
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 BRISK = ("--heartbeat-s", "0.5", "--lease-s", "5")
+PATIENT = ("--heartbeat-s", "0.5", "--lease-s", "60")
+"""No round closes without who is late to come back."""
+
 ALL = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 ASSIGNED = control_pb2.DEVICE_TASK_STATE_ASSIGNED
 DONE = control_pb2.DEVICE_TASK_STATE_DONE
@@ -58,10 +63,21 @@ def kept(fleet: Fleet, base: Path, view: JobView) -> dict[str, structures.Struct
     return {device["name"]: structures.from_bytes(layout, bytes.fromhex(device["structure"])) for device in manifest["devices"]}
 
 
+def remembered(fleet: Fleet) -> tuple[str, list[set[bool]]]:
+    """The fleet's importance as the coordinator keeps it, and for each round whether its updates kept what their devices told."""
+    with closing(sqlite3.connect(fleet.coordinator_state / "coordinator.sqlite")) as raw:
+        (machine,) = raw.execute("SELECT machine FROM jobs").fetchone()
+        entries = [json.loads(entry) for (entry,) in raw.execute("SELECT entry FROM rounds ORDER BY round").fetchall()]
+    return json.loads(machine)["importance"], [
+        {bool(task["update"]["importance"]) for task in entry["tasks"].values()} for entry in entries
+    ]
+
+
 def test_every_device_ends_at_the_sparsity_and_the_loss_falls(tmp_path: Path, bert: Path, rows: Path) -> None:
     with Fleet(tmp_path, {name: Agent({"colours": str(rows)}) for name in "ab"}) as fleet:
         view = fleet.completed(job(bert, 6))
         left = kept(fleet, bert, view)
+        importance, stored = remembered(fleet)
         exported = fleet.cli("export", view.job_id, str(tmp_path / "adapter"))
         small = [
             fleet.cli("shrink", str(tmp_path / "adapter"), str(tmp_path / name), "--base", str(bert), "--json", *words)
@@ -84,6 +100,10 @@ def test_every_device_ends_at_the_sparsity_and_the_loss_falls(tmp_path: Path, be
         ends = {name: task.pruning.sparsity_after for name, task in trained(entry).items()}
         assert ends == {name: task.pruning.sparsity_before for name, task in trained(after).items()}
     layout = architectures.layout(json.loads((bert / "config.json").read_text()))
+    assert [len(group) for group in importances.from_text(layout, importance)] == [group.units for group in layout.groups]
+    # From the round before recovery on each device's own is kept, for whoever takes the result.
+    assert stored == [{False}, {False}, {False}, {False}, {True}, {True}]
+    assert {task.pruning.sparsity_after for task in trained(view.history[0]).values()} == {0.0}
     assert all(0.45 <= structures.sparsity(layout, structure) <= 0.55 for structure in left.values())
     assert view.history[-1].train_loss < 0.8 * view.history[0].train_loss
     assert {task.pruning.rank for entry in view.history for task in trained(entry).values()} <= set(range(2, 9))
@@ -111,7 +131,7 @@ def test_a_device_that_is_killed_goes_on_from_the_structure_that_the_coordinator
 
 
 def test_the_coordinator_killed_between_rounds_remembers_what_every_device_has_left(tmp_path: Path, bert: Path, rows: Path) -> None:
-    with Fleet(tmp_path, {name: Agent({"colours": str(rows)}) for name in "ab"}, coordinator=BRISK) as fleet:
+    with Fleet(tmp_path, {name: Agent({"colours": str(rows)}) for name in "ab"}, coordinator=PATIENT) as fleet:
         name = fleet.submit(job(bert, 5))
         fleet.until(name, lambda view: len(view.history) >= 2, "two rounds")
         fleet.restart_coordinator(signal.SIGKILL)

@@ -20,7 +20,10 @@ from support.fleet import Agent, Fleet, JobView, metric, toml
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-BRISK = ("--heartbeat-s", "0.5", "--lease-s", "2")
+BRISK = ("--heartbeat-s", "0.5", "--lease-s", "5")
+PATIENT = ("--heartbeat-s", "0.5", "--lease-s", "60")
+"""No round closes without who is late to come back."""
+
 ASSIGNED = control_pb2.DEVICE_TASK_STATE_ASSIGNED
 MODULES = 4
 RANK = 4
@@ -54,6 +57,13 @@ def job(base: Path, rounds: int, **tables: Mapping[str, object]) -> str:
 
 def agents(rows: Path) -> dict[str, Agent]:
     return {name: Agent({"colours": f"{rows}/rows.jsonl,{rows}/validation.jsonl"}) for name in "ab"}
+
+
+def waits_for_b(view: JobView) -> bool:
+    """In a training that the other device is done with."""
+    states = {(task.device_name, task.kind): task.state for task in view.current.tasks}
+    train = messages_pb2.TASK_KIND_TRAIN
+    return states == {("a", train): control_pb2.DEVICE_TASK_STATE_DONE, ("b", train): ASSIGNED}
 
 
 def ranks_left(view: JobView) -> list[float]:
@@ -112,10 +122,22 @@ def test_a_device_that_is_killed_goes_on_with_the_ranks_of_the_round(tmp_path: P
 
 
 def test_the_coordinator_killed_between_rounds_goes_on_with_what_is_left(tmp_path: Path, bert: Path, rows: Path) -> None:
-    with Fleet(tmp_path, agents(rows), coordinator=BRISK) as fleet:
+    with Fleet(tmp_path, agents(rows), coordinator=PATIENT) as fleet:
+        fleet.freeze("b")
         name = fleet.submit(job(bert, 6, method={"arbitration": "vote"}, evaluation={"source": "devices"}))
-        fleet.until(name, lambda view: len(view.history) >= 3, "three rounds")
-        fleet.restart_coordinator(signal.SIGKILL)
+        for _ in range(3):
+            fleet.until(name, waits_for_b, "b alone to be waited for")
+            fleet.pause(name)  # after this round
+            fleet.thaw("b")
+            fleet.until(name, lambda view: view.state == control_pb2.JOB_STATE_PAUSED, "the job to stand")
+            fleet.freeze("b")
+            fleet.resume(name)
+        # Not in a fold, after which nobody would be connected to evaluate what comes of it.
+        view = fleet.until(name, waits_for_b, "b alone to be waited for")
+        assert view.rounds_committed == 3
+        fleet.stop_coordinator(signal.SIGKILL)
+        fleet.thaw("b")
+        fleet.start_coordinator()
         view = fleet.wait(name)
         assert view.state == control_pb2.JOB_STATE_COMPLETED, view.message
         done = fleet.cli("check", str(fleet.coordinator_state))

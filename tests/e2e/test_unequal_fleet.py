@@ -41,8 +41,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Iterator[Flee
 
 @pytest.fixture
 def own_fleet(tmp_path: Path, rows: Path) -> Iterator[Fleet]:
-    """For tests that kill: what is started in the place of the dead is the test's own."""
-    with Fleet(tmp_path / "fleet", agents(rows)) as running:
+    """For tests that kill: what is started in the place of the dead is the test's own. No round closes without who is late to come back."""
+    with Fleet(tmp_path / "fleet", agents(rows), coordinator=("--heartbeat-s", "0.5", "--lease-s", "60")) as running:
         yield running
 
 

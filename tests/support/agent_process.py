@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,17 +20,36 @@ WAIT_S = 60.0
 """Longest wait for anything a test expects of an agent, its start among it; only a bug takes longer."""
 
 
+PROGRAM = ("-m", "fleetune.agent.cli")
+
+PATIENT_PROGRAM = (
+    "-c",
+    # The environment as the command line sets it before it imports gRPC.
+    "import os; os.environ.update(GRPC_VERBOSITY='NONE', GRPC_ENABLE_FORK_SUPPORT='0'); "
+    f"from fleetune.agent import cli, session; session.LEAVE_DEADLINE_S = {WAIT_S}; cli.main()",
+)
+"""The same agent, which waits for a busy machine to hear its goodbye."""
+
+
 class AgentProcess:
     """`fleetune-agent run` on a state folder; its log is kept in `log_file`."""
 
-    def __init__(self, state_dir: Path, address: str, *arguments: str, identity: Identity | None = None, plaintext: bool = True) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        address: str,
+        *arguments: str,
+        identity: Identity | None = None,
+        plaintext: bool = True,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
         self.state_dir = state_dir
         self.log_file = state_dir.with_suffix(".log")
         who = ["--plaintext"] if plaintext and identity is None else []
         if identity is not None:
             identities.store(state_dir / "identity", identity)
         self._command = [
-            *(sys.executable, "-m", "fleetune.agent.cli", "run", *(("--coordinator", address) if address else ())),
+            *(sys.executable, *program, "run", *(("--coordinator", address) if address else ())),
             *("--name", state_dir.name, "--state-dir", str(state_dir), "--log-level", "debug", *who, *arguments),
         ]
         self.process: asyncio.subprocess.Process | None = None
@@ -71,10 +90,15 @@ class AgentProcess:
 
 @contextlib.asynccontextmanager
 async def agent(
-    state_dir: Path, address: str, *arguments: str, identity: Identity | None = None, plaintext: bool = True
+    state_dir: Path,
+    address: str,
+    *arguments: str,
+    identity: Identity | None = None,
+    plaintext: bool = True,
+    program: Sequence[str] = PROGRAM,
 ) -> AsyncGenerator[AgentProcess, None]:
     """An agent that runs, in plaintext without an identity unless told otherwise; killed at the end if it still does."""
-    running = AgentProcess(state_dir, address, *arguments, identity=identity, plaintext=plaintext)
+    running = AgentProcess(state_dir, address, *arguments, identity=identity, plaintext=plaintext, program=program)
     await running.start()
     try:
         yield running

@@ -21,6 +21,7 @@ import psutil
 from fleetune.v1 import control_pb2, control_pb2_grpc, messages_pb2
 from fleetune.wire.identity import Identity
 from support import enrolling
+from support.ports import HeldPort
 
 READY_S = 180.0
 """From a process's start until it serves or is connected; only a hang takes longer."""
@@ -100,6 +101,7 @@ class Fleet:
         }
         self._running: dict[str, Running] = {}
         self._channel: grpc.Channel | None = None
+        self._port: HeldPort | None = None
 
     # -- life
 
@@ -151,6 +153,8 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 process.kill()
                 codes[name] = process.wait()
+        if self._port is not None:
+            self._port.close()
         return codes
 
     # -- processes
@@ -158,9 +162,13 @@ class Fleet:
     def start_coordinator(self) -> None:
         """On the port it had before, if it had one."""
         state = self.coordinator_state
-        (state / "address").unlink(missing_ok=True)
-        listen = self.address or "127.0.0.1:0"
-        arguments = ["serve", "--listen", listen, "--state-dir", str(state)]
+        if self._port is None:
+            # Nobody else's while the coordinator is away: agents dial it, and other tests look for free ports.
+            self._port = HeldPort()
+        else:
+            # Of the coordinator before, where that was killed. At the first start a file would be that of another one on this folder.
+            (state / "address").unlink(missing_ok=True)
+        arguments = ["serve", "--listen", self._port.address, "--state-dir", str(state)]
         # The port after ours may be anybody's.
         arguments += ["--plaintext"] if self._plaintext else ["--join-listen", "127.0.0.1:0"]
         arguments += self._coordinator_options
@@ -332,6 +340,13 @@ class Fleet:
         if view.state != control_pb2.JOB_STATE_COMPLETED:
             raise FleetError(f"the job did not complete: {words(view)}\n{self.logs()}")
         return view
+
+    def pause(self, job_id: str) -> None:
+        """No further round is opened; one that is open goes on."""
+        self.control.PauseJob(control_pb2.PauseJobRequest(job_id=job_id), timeout=CALL_S, wait_for_ready=True)
+
+    def resume(self, job_id: str) -> None:
+        self.control.ResumeJob(control_pb2.ResumeJobRequest(job_id=job_id), timeout=CALL_S, wait_for_ready=True)
 
     def published(self, view: JobView) -> Path:
         """The final adapter's folder; it is written after the commit that the view tells of."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
-from fleetune.coordinator import initialise
+from fleetune.coordinator import door, initialise
 from fleetune.v1 import registry_pb2 as pb
 from fleetune.v1 import registry_pb2_grpc
 from fleetune.wire import channel, enrolment, identity, keys
@@ -91,6 +92,10 @@ async def secured(folder: Path, **changes: object) -> AsyncGenerator[Secured]:
         await asyncio.to_thread(initialise.initialise, settings(state_dir, plaintext=False), "ada", folder / "admin", "")
     admin = identity.load(folder / "admin")
     assert admin is not None
-    async with coordinating(state_dir, as_operator=admin, plaintext=False, **changes) as coordinator:
-        stub = registry_pb2_grpc.RegistryServiceStub(coordinator.operator)
-        yield Secured(coordinator, admin, stub, (state_dir / "tls" / "roots.pem").read_bytes())
+    with pytest.MonkeyPatch.context() as patched:
+        # Who joins is served however long a busy machine takes to say its first word.
+        patched.setattr(door, "FIRST_BYTES_S", WAIT_S)
+        patched.setattr(door, "VISIT_S", WAIT_S)
+        async with coordinating(state_dir, as_operator=admin, plaintext=False, **changes) as coordinator:
+            stub = registry_pb2_grpc.RegistryServiceStub(coordinator.operator)
+            yield Secured(coordinator, admin, stub, (state_dir / "tls" / "roots.pem").read_bytes())

@@ -119,7 +119,7 @@ async def test_a_final_no_is_told_in_clear_words_without_the_token(authority: Au
 async def test_a_busy_or_absent_coordinator_is_tried_again(authority: Authority) -> None:
     door = Door(authority, answers=[(grpc.StatusCode.RESOURCE_EXHAUSTED, "too fast"), (grpc.StatusCode.UNAVAILABLE, "starting")])
     async with joining(door) as port:
-        await enrolled(line_to(port, authority), patience_s=10)
+        await enrolled(line_to(port, authority), patience_s=120)
     assert len(door.joins) == 3
 
 

@@ -358,7 +358,9 @@ def _handshake_trouble(details: str) -> str:
         return "plaintext"
     if "CERTIFICATE_VERIFY_FAILED" in details or "erification" in details:
         return "certificate"
-    return "closed" if any(word in details for word in ("Socket closed", "handshake", "Handshake", "Endpoint closing")) else ""
+    # A coordinator that hangs up while our first words are on their way resets the connection by that.
+    closed = ("Socket closed", "Connection reset", "Broken pipe", "handshake", "Handshake", "Endpoint closing")
+    return "closed" if any(word in details for word in closed) else ""
 
 
 def _tell(listener: Callable[[str], None] | None, text: str) -> None:

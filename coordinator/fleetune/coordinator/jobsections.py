@@ -294,8 +294,8 @@ class MethodSection(Section):
     )
     importance: ImportanceChoice = Field(
         default="fleet",
-        description="fedspine: by whose gradients heads and neurons are cut. fleet: devices tell theirs, and what matters least to all goes; "
-        "nothing is cut in the first round. own: each device cuts what matters least to itself.",
+        description="fedspine: by whose gradients heads and neurons are cut. fleet: devices tell theirs, and what matters least to all "
+        "goes; nothing is cut in the first round. own: each device cuts what matters least to itself.",
     )
     importance_decay: float = Field(
         default=0.9, ge=0, lt=1, description="fedspine: decay of the moving average of importance over local steps."

@@ -37,8 +37,9 @@ def begin(state_dir: Path) -> Rotated:
     _behind(state_dir, "")  # a database that cannot be asked later is better known now
     material = tlsfolder.rotate(folder, time.time())
     _note(state_dir, "ca rotate", material.authority.fingerprint, "")
-    told = _tell(state_dir)
-    return Rotated(material.authority.fingerprint, _behind(state_dir, material.authority.fingerprint), told)
+    # Before anybody is told: devices that are connected renew within moments.
+    behind = _behind(state_dir, material.authority.fingerprint)
+    return Rotated(material.authority.fingerprint, behind, _tell(state_dir))
 
 
 def finish(state_dir: Path, *, force: bool) -> Rotated:

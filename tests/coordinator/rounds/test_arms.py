@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -53,7 +54,9 @@ def test_the_first_round_is_the_same_cheap_arm_for_everyone() -> None:
 
 
 @pytest.mark.parametrize("choice", ["bandit", "fixed"])
-def test_a_fleet_that_shares_importance_cuts_nothing_in_the_first_round_and_is_at_the_target_in_time(choice: str) -> None:
+def test_a_fleet_that_shares_importance_cuts_nothing_in_the_first_round_and_is_at_the_target_in_time(
+    choice: Literal["bandit", "fixed"],
+) -> None:
     settings = replace(SETTINGS, shares=True, choice=choice)
     done = played(settings, 8, EVEN)  # 1 to gather, 5 steps of 0.1 at the most, 2 of recovery
     assert {(pruning.pace, pruning.sparsity_after) for pruning in done[0].prunings} == {(0.0, 0.0)}

@@ -24,7 +24,7 @@ from fleetune.coordinator.store import records
 from fleetune.v1 import blob_pb2, control_pb2, fleet_pb2, fleet_pb2_grpc, messages_pb2
 from fleetune.wire import channel, codec
 from fleetune.wire.answers import Answer
-from support.coordinating import Coordinator, committed, coordinating, echo_job
+from support.coordinating import WAIT_S, Coordinator, committed, coordinating, echo_job
 from support.echo_agent import ANSWER_S, EchoAgent, chunks, echoed
 
 Status = grpc.StatusCode
@@ -48,9 +48,17 @@ async def coordinator(tmp_path: Path) -> AsyncIterator[Coordinator]:
             honest.serve()
             job = await running.ended(await running.submit(echo_job(rounds=1, devices_extra='tags = ["honest"]'), "the-honest-job"))
             assert job.machine.status == "completed"
+        kept = {entry.state.digest for job in running.engine.jobs.values() for entry in job.history if entry.state}
+        with contextlib.suppress(asyncio.TimeoutError):  # what was refused is cleared away in the background
+            await asyncio.wait_for(holds(running, kept), WAIT_S)
         assert running.spooled() == []
-        assert running.blobs() == {entry.state.digest for job in running.engine.jobs.values() for entry in job.history if entry.state}
+        assert running.blobs() == kept
     vars(running).clear()
+
+
+async def holds(coordinator: Coordinator, blobs: set[str]) -> None:
+    while coordinator.blobs() != blobs:  # noqa: ASYNC110  # nobody announces it
+        await asyncio.sleep(0.01)
 
 
 @dataclass

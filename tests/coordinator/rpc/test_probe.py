@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 from fleetune.coordinator.principal import LOCAL, Principal
 from fleetune.coordinator.rpc import blob
 from fleetune.coordinator.rpc.limits import PROBES_AT_ONCE, PROBES_BURST, PROBES_PER_S, Probes
+from fleetune.coordinator.rpc.streams import Readable, next_message
 from fleetune.v1 import blob_pb2, blob_pb2_grpc
 from fleetune.wire import channel
+from support import loopclock
 from support.coordinating import coordinating
 
 PI = Principal("agent", "pi")
@@ -52,12 +55,22 @@ async def test_more_than_is_needed_is_refused(tmp_path: Path, sizes: list[int], 
 
 
 async def test_a_link_that_stands_still_is_told_what_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob, "PROBE_S", 2.0)  # for the whole way here, on a busy machine
+    came = asyncio.Event()
+
+    async def noted(context: Readable, within_s: float, kind: type[blob_pb2.ProbeRequest]) -> blob_pb2.ProbeRequest | None:
+        message = await next_message(context, within_s, kind)
+        came.set()
+        return message
+
+    monkeypatch.setattr(blob, "next_message", noted)
     async with coordinating(tmp_path) as coordinator, channel.open_channel(coordinator.address) as opened:
         stub: blob_pb2_grpc.BlobServiceAsyncStub = blob_pb2_grpc.BlobServiceStub(opened)
-        call = stub.Probe()
-        await call.write(blob_pb2.ProbeRequest(data=bytes(KIB)))
-        assert (await call).received_bytes == KIB
+        with loopclock.held() as clock:
+            call = stub.Probe()
+            await call.write(blob_pb2.ProbeRequest(data=bytes(KIB)))
+            await came.wait()
+            clock.forward(blob.PROBE_S + 1)
+            assert (await call).received_bytes == KIB
 
 
 def test_a_device_that_asks_too_often_waits_and_the_others_do_not() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 
 from fleetune.coordinator.rpc.turns import Turns
+from support import loopclock
 
 
 class Crowd:
@@ -66,15 +67,17 @@ async def test_the_next_one_begins_when_one_has_ended() -> None:
 
 
 async def test_slow_ones_hold_nobody_up() -> None:
-    crowd = Crowd(Turns(2, 10, quick_s=1.0))  # long enough for a look at who is under way
-    await crowd.begin("slow-1", "slow-2", "quick")
-    assert crowd.under_way == ["slow-1", "slow-2"]
-    await crowd.until("slow-1", "slow-2", "quick")
-    # Their places are counted once: two at once again, not four.
-    await crowd.end("slow-1", "slow-2", "quick")
-    await crowd.begin("e", "f", "g")
-    assert crowd.under_way == ["e", "f"]
-    await crowd.end("e", "f", "g")
+    with loopclock.held() as clock:
+        crowd = Crowd(Turns(2, 10, quick_s=60))
+        await crowd.begin("slow-1", "slow-2", "quick")
+        assert crowd.under_way == ["slow-1", "slow-2"]
+        clock.forward(61)
+        await crowd.until("slow-1", "slow-2", "quick")
+        # Their places are counted once: two at once again, not four.
+        await crowd.end("slow-1", "slow-2", "quick")
+        await crowd.begin("e", "f", "g")
+        assert crowd.under_way == ["e", "f"]
+        await crowd.end("e", "f", "g")
 
 
 async def test_all_together_are_bounded() -> None:

@@ -90,11 +90,11 @@ def test_a_host_whose_cable_is_pulled_reaches_nobody_until_it_is_back(hosts: Hos
     def reaches() -> bool:
         return subprocess.run(hosts.command("board", [sys.executable, "-c", knock]), check=False, timeout=60).returncode == 0
 
-    assert reaches()
+    assert any(reaches() for _ in range(10))  # the bridge takes a moment, also at its start
     hosts.cut("board")
     assert not reaches()
     hosts.mend("board")
-    assert any(reaches() for _ in range(10))  # the bridge takes a moment
+    assert any(reaches() for _ in range(10))
 
 
 @needs_namespaces
@@ -106,7 +106,7 @@ def test_nothing_is_left_of_hosts_not_even_a_process_that_holds_on() -> None:
         assert holder.stdout is not None
         with holder.stdout:
             assert holder.stdout.readline() == b"in\n"
-    assert holder.wait(10) == -9
+    assert holder.wait(60) == -9
     assert not [name for name in os.listdir("/run/netns") if name.startswith(prefix)]
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{prefix}-board"))
 

@@ -95,7 +95,7 @@ def _up(testbed: Testbed, backend: str, code: int = 0) -> str:
     return "" if code else statefile.read(testbed.folder).place.prefix
 
 
-def _run(testbed: Testbed, faults: str, rounds: int = 6) -> records.Record:
+def _run(testbed: Testbed, faults: str, rounds: int) -> records.Record:
     job, chaos = testbed.file("job.toml", JOB.format(rounds=rounds)), testbed.file("chaos.toml", faults)
     testbed.verb("run", "--job", job, "--chaos", chaos, "--no-report")
     return records.read(testbed.folder / "run.jsonl")
@@ -105,7 +105,8 @@ def test_plain_processes_run_a_job_through_a_kill_and_leave_nothing(testbed: Tes
     prefix = _up(testbed, "process")
     assert {name: row["life"] for name, row in testbed.members().items()} == dict.fromkeys(("coordinator", "pi5", "laptop"), "running")
 
-    record = _run(testbed, _fault("kill", "laptop", 0.0))
+    # Enough rounds that the run is heard of before the job is through.
+    record = _run(testbed, _fault("kill", "laptop", 0.0), rounds=120)
     assert record.ended is not None
     assert record.ended.status == "completed"
     assert [(act.member, act.act) for act in record.acts] == [("laptop", "kill"), ("laptop", "restart")]

@@ -5,8 +5,9 @@ docs/methods.md. Importance: after LoRAPrune (Zhang et al. 2023). Aggregation: t
 kept a row or column, as in `lora.rules`.
 Idea: a fine-tuned model should also be small enough to run on the device. In each round a bandit per device picks how much to cut and
 of which rank its pairs are, from how the loss fell, how much was cut and how long the device took beside the others. Importance comes from
-the gradients of the pairs, which training makes anyway; devices tell it, and their mean says what goes next on all of them. What a device keeps is known here, so a task says it all: a device may die, be
-installed anew or miss a round, and nothing has to be agreed upon afterwards.
+the gradients of the pairs, which training makes anyway; devices tell it, and their mean says what goes next on all of them. What a device
+keeps is known here, so a task says it all: a device may die, be installed anew or miss a round, and nothing has to be agreed upon
+afterwards.
 
     symbol      name in code
     rho_target  method.sparsity
@@ -33,7 +34,6 @@ from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.methods.base import Initial, RoundFacts
 from fleetune.methods.v1 import fedspine_pb2
-
 
 TELLERS_MAX = 64
 """Devices of a round that tell it for the next one: more would change the mean by little, and all of it is stored with the open round."""
