@@ -44,7 +44,7 @@ def to_text(scores: Scores) -> str:
 
 
 def from_text(layout: Layout, text: str) -> list[list[float]]:
-    """For each unit of each group its importance, about 1 on average of those that were not cut. WireError for what is not of this layout."""
+    """For each unit of each group its importance, about 1 in the mean of what is left. WireError for what is not of this layout."""
     needed = units(layout)
     try:
         data = base64.b64decode(text.encode("ascii"), validate=True) if len(text) <= 4 * (needed + 2) // 3 + 4 else b""

@@ -664,6 +664,34 @@ def test_a_round_that_nobody_can_measure_is_committed_all_the_same() -> None:
     assert only(commands, m.CommitRound)[0].entry.metrics == {}
 
 
+def test_a_round_whose_devices_are_away_is_measured_when_they_are_back() -> None:
+    desk = Desk(evaluation="devices", absent_grace_s=30.0)
+    desk.open("a", "b")
+    desk.update("a")
+    desk.update("b")
+    desk.do(m.Folded(1, FoldOutcome(blob("state 1")), (), absent=frozenset({"id-a", "id-b"})))
+    assert desk.machine.round is not None and desk.machine.round.phase == "evaluating"
+    desk.now += 20
+    sent = only(desk.do(m.DeviceOnline("id-a", frozenset())), m.SendTask)
+    assert [(task.device_id, task.kind) for task in sent] == [("id-a", "evaluate")]
+    assert desk.measured("a", accuracy=0.5) == [], "b may be back yet"
+    commands = desk.after(15)
+    assert only(commands, m.CommitRound)[0].entry.metrics == {"accuracy": 0.5}
+    assert only(commands, m.WithdrawTask)[0].device_id == "id-b"
+
+
+def test_nobody_is_waited_for_who_cannot_measure_or_never_comes_back() -> None:
+    desk = Desk(evaluation="devices", absent_grace_s=30.0)
+    desk.open("a", "b")
+    desk.update("a")
+    desk.update("b")
+    # b is there, and has nothing to measure on; an absent one that was not in the round has no say in it.
+    desk.do(m.Folded(1, FoldOutcome(blob("state 1")), who("b:t"), absent=frozenset({"id-a", "id-z"})))
+    assert desk.machine.round is not None
+    assert {task.device_id for task in desk.machine.round.tasks.values() if task.kind == "evaluate"} == {"id-a"}
+    assert only(desk.after(31), m.CommitRound)[0].entry.metrics == {}
+
+
 # --- a turn for a resumed job
 
 

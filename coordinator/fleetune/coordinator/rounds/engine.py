@@ -402,7 +402,7 @@ class Engine:
             return before
         if isinstance(event, machine.Folded):
             # As of now: since the fold ended, another job may have taken a device, or it has left.
-            event = replace(event, candidates=self._candidates(job))
+            event = replace(event, candidates=self._candidates(job), absent=self._absent(job))
         elif isinstance(event, machine.SparesOffered):
             event = replace(event, candidates=tuple(c for c in self._candidates(job) if c.device_id in job.machine.figures))
         elif isinstance(event, machine.Planned):
@@ -454,6 +454,11 @@ class Engine:
 
     def _candidates(self, job: LiveJob) -> tuple[Candidate, ...]:
         return self.registry.candidates(job.needs, self.busy_devices(), self._monotonic())
+
+    def _absent(self, job: LiveJob) -> frozenset[str]:
+        """Devices of the open round that are not connected."""
+        tasks = job.machine.round.tasks.values() if job.machine.round is not None else ()
+        return frozenset(task.device_id for task in tasks if task.device_id not in self.registry.sessions)
 
     def _gone(self, job: LiveJob) -> frozenset[str]:
         """Those of the devices that a round is planned over that may not take a task of it any more."""

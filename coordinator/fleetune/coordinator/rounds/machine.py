@@ -222,11 +222,12 @@ class DeviceOnline:
 
 @dataclass(frozen=True)
 class Folded:
-    """The fold of `round_number` is done; `candidates` may evaluate it."""
+    """The fold of `round_number` is done; `candidates` may evaluate it. `absent`: devices of the round that are not connected."""
 
     round_number: int
     outcome: FoldOutcome
     candidates: tuple[Candidate, ...]
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -582,8 +583,8 @@ class JobMachine:
                 return self._note_offline(device_id, now)
             case DeviceOnline(device_id, held):
                 return self._note_online(device_id, held)
-            case Folded(round_number, outcome, candidates):
-                return self._accept_fold(round_number, outcome, candidates, now)
+            case Folded(round_number, outcome, candidates, absent):
+                return self._accept_fold(round_number, outcome, candidates, absent, now)
             case HeldoutEvaluated(round_number, evaluation):
                 if self.round is None or self.round.number != round_number or self.round.phase != "evaluating":
                     return []
@@ -1109,7 +1110,9 @@ class JobMachine:
         self._wait(f"{reason}; waits to open the round again", now)
         return commands
 
-    def _accept_fold(self, number: int, outcome: FoldOutcome, candidates: Sequence[Candidate], now: float) -> list[Command]:
+    def _accept_fold(
+        self, number: int, outcome: FoldOutcome, candidates: Sequence[Candidate], absent: frozenset[str], now: float
+    ) -> list[Command]:
         if self.round is None or self.round.number != number or self.round.phase != "folding":
             return []
         self.round.state, self.round.optimizer = outcome.state, outcome.optimizer
@@ -1123,11 +1126,24 @@ class JobMachine:
         if self.plan.evaluation == "heldout":
             return [EvaluateHeldout(number, outcome.state)]
         usable = [c for c in candidates if c.evaluates and c.device_id not in self.excluded and c.device_id not in self.unmeasured]
+        if not usable and (commands := self._await_measuring(absent, outcome.state, now)):
+            return commands
         if not usable:
             self.message = f"round {number} was not evaluated: no device was ready"
             return self._commit({}, 0, now)
         self.round.deadline_unix_s = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
         return self._assign(usable, "evaluate", outcome.state, now)
+
+    def _await_measuring(self, absent: frozenset[str], state: Blob, now: float) -> list[Command]:
+        """Evaluate tasks for those who trained and are away, as all are after a restart; they get them when they are back, within the
+        usual grace."""
+        assert self.round is not None
+        away = [task for task in self.round.trained() if task.device_id in absent - {*self.excluded, *self.unmeasured}]
+        commands = self._assign([Candidate(task.device_id, task.device_name) for task in away], "evaluate", state, now)
+        for device in away:
+            self._note_offline(device.device_id, now)
+        self.round.deadline_unix_s = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
+        return commands
 
     def _commit_device_means(self, tasks: Sequence[TaskEntry], now: float) -> list[Command]:
         evaluations = [task.evaluation for task in sorted(tasks, key=lambda t: t.device_id) if task.evaluation is not None]
