@@ -98,6 +98,22 @@ def test_a_short_demo_ends_with_an_adapter_that_its_own_three_lines_load(base: P
     assert loaded.stdout.strip() == "True"
 
 
+@pytest.mark.parametrize("method", ["fedspine", "fedara"])
+def test_a_short_demo_of_what_makes_models_smaller_ends_with_less(base: Path, tmp_path: Path, method: str) -> None:
+    words = ("--rounds", "4", "--agents", "2", "--steps", "5", "--method", method, "--json")
+    done = subprocess.run(command(base, tmp_path / "work", *words), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["state"] == "completed"
+    history = summary["job"]["history"]
+    assert [item["updates_folded"] for item in history] == [2] * 4
+    if method == "fedspine":
+        trained = [task for task in history[-1]["tasks"] if task.get("pruning")]
+        assert [task["pruning"]["sparsity_after"] for task in trained] == [0.5, 0.5]
+    assert history[-1]["upload_bytes"] < history[0]["upload_bytes"]
+    assert relatives(tmp_path / "work") == []
+
+
 @pytest.mark.parametrize("moment", [r"one coordinator", r"round 1/\d+ started"])
 def test_ctrl_c_ends_every_process_in_order_and_without_a_trace(base: Path, tmp_path: Path, moment: str) -> None:
     folder = tmp_path / "work"
