@@ -269,13 +269,17 @@ def text(dataset: str, runs: Runs, command: str) -> str:
         "| --- | --- | --- | --- | --- |",
         *(_compared(match, runs) for match in MATCHES if match.seeds(runs)),
         "",
-        *(f"- {found.words}: {found.value:.2f}, wanted {found.least:g}: {_word(found)}." for found in verdicts(dataset, runs)),
+        *(f"- {found.words}: {_value(found)}, wanted {found.least:g}: {_word(found)}." for found in verdicts(dataset, runs)),
         "",
         f"![accuracy and sparsity by seconds]({_picture_name(dataset)})",
         "",
         sections.measured(command),
     ]
     return "\n".join(lines)
+
+
+def _value(verdict: Verdict) -> str:
+    return f"{verdict.value:.2f}" if verdict.value else "FedSpine did not come there in every seed"
 
 
 def _word(verdict: Verdict) -> str:

@@ -24,9 +24,9 @@ class Panel:
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels side by side, with one legend; colours go by the names' order in the first panel."""
+    """The panels side by side, with one legend; colours go by the names' order in the first panel, dashed once they are used up."""
     names = list(panels[0].lines)
-    colour = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    stroke = {name: _stroke(number) for number, name in enumerate(names)}
     height = HEIGHT + 22 * math.ceil(len(names) / 2)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {height}" '
@@ -34,15 +34,20 @@ def svg(panels: Sequence[Panel]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for number, panel in enumerate(panels):
-        parts.append(f'<g transform="translate({number * WIDTH} 0)">{_panel(panel, colour)}</g>')
+        parts.append(f'<g transform="translate({number * WIDTH} 0)">{_panel(panel, stroke)}</g>')
     for number, name in enumerate(names):
         x, y = LEFT + (number % 2) * WIDTH, HEIGHT + 8 + 22 * (number // 2)
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 22}" y2="{y}" stroke="{colour[name]}" stroke-width="2.5"/>')
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 22}" y2="{y}" {stroke[name]} stroke-width="2.5"/>')
         parts.append(f'<text x="{x + 30}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(panel: Panel, colour: Mapping[str, str]) -> str:
+def _stroke(number: int) -> str:
+    dashes = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
+    return f'stroke="{COLOURS[number % len(COLOURS)]}"{dashes}'
+
+
+def _panel(panel: Panel, stroke: Mapping[str, str]) -> str:
     points = [point for line in panel.lines.values() for point in line]
     xs, ys = _ticks(0.0, max(x for x, _ in points)), _ticks(min(y for _, y in points), max(y for _, y in points))
 
@@ -62,7 +67,7 @@ def _panel(panel: Panel, colour: Mapping[str, str]) -> str:
     parts.append(f'<text x="{WIDTH - RIGHT}" y="18" text-anchor="end">{escape(panel.y_name)}</text>')
     for name, line in panel.lines.items():
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour[name]}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{path}" fill="none" {stroke[name]} stroke-width="2"/>')
     return "\n".join(parts)
 
 
