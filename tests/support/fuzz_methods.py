@@ -175,7 +175,7 @@ class Structures(OnDisk):
     def _importance(self, layout: Layout, _before: Structure, raw: bytes) -> str:
         scores = importances.from_text(layout, raw.decode("latin-1"))
         assert [len(group) for group in scores] == [group.units for group in layout.groups]
-        assert all(0.0 <= value <= 1.0 for group in scores for value in group)
+        assert all(0.0 <= value <= importances.SPAN for group in scores for value in group)
         importances.from_text(layout, importances.to_text(scores))
         return f"{layout.model_type}, importance"
 
