@@ -1126,13 +1126,12 @@ class JobMachine:
         if self.plan.evaluation == "heldout":
             return [EvaluateHeldout(number, outcome.state)]
         usable = [c for c in candidates if c.evaluates and c.device_id not in self.excluded and c.device_id not in self.unmeasured]
-        if not usable and (commands := self._await_measuring(absent, outcome.state, now)):
-            return commands
-        if not usable:
-            self.message = f"round {number} was not evaluated: no device was ready"
-            return self._commit({}, 0, now)
         self.round.deadline_unix_s = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
-        return self._assign(usable, "evaluate", outcome.state, now)
+        assign = self._assign(usable, "evaluate", outcome.state, now) if usable else self._await_measuring(absent, outcome.state, now)
+        if assign:
+            return assign
+        self.message = f"round {number} was not evaluated: no device was ready"
+        return self._commit({}, 0, now)
 
     def _await_measuring(self, absent: frozenset[str], state: Blob, now: float) -> list[Command]:
         """Evaluate tasks for those who trained and are away, as all are after a restart; they get them when they are back, within the
@@ -1142,7 +1141,6 @@ class JobMachine:
         commands = self._assign([Candidate(task.device_id, task.device_name) for task in away], "evaluate", state, now)
         for device in away:
             self._note_offline(device.device_id, now)
-        self.round.deadline_unix_s = now + self.plan.deadline_s if self.plan.deadline_s > 0 else 0.0
         return commands
 
     def _commit_device_means(self, tasks: Sequence[TaskEntry], now: float) -> list[Command]:
