@@ -479,7 +479,7 @@ def _fedspine(draft: Draft) -> Iterator[Complaint]:
         yield Complaint("training.steps", shown(training.steps), f"at least {method.prune_every}, which is method.prune_every", remedy)
     if draft.sound("method.rank_min", "lora.rank") and method.arms == "bandit" and method.rank_min > spec.lora.rank:
         remedy = "Lower it, or raise lora.rank, which is the highest."
-        yield Complaint("method.rank_min", shown(method.rank_min), f"1 to {spec.lora.rank}, which is lora.rank", remedy)
+        yield Complaint("method.rank_min", shown(method.rank_min), f"0 to {spec.lora.rank}, which is lora.rank", remedy)
     paths = ("rounds.count", "method.sparsity", "method.prune_step", "method.recovery_rounds")
     gathering = 1 if method.importance == "fleet" else 0
     needed = gathering + math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds

@@ -288,7 +288,9 @@ class MethodSection(Section):
         description="fedspine with fixed arms: the share of what a round may cut that it does cut.",
         json_schema_extra={"unit": "fraction"},
     )
-    rank_min: int = Field(default=2, ge=1, le=RANK_MAX, description="fedspine with a bandit: the lowest rank; lora.rank is the highest.")
+    rank_min: int = Field(
+        default=0, ge=0, le=RANK_MAX, description="fedspine with a bandit: the lowest rank; lora.rank is the highest, 0 is half of it."
+    )
     exploration: float = Field(
         default=0.1, ge=0, le=10, description="fedspine: how much the bandit tries what it knows little of; rewards lie between 0 and 1."
     )

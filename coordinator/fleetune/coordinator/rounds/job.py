@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from fleetune.coordinator.domain import ENDED, PlanSettings, PruneSettings, RankSettings, RoundPlan
@@ -141,7 +142,7 @@ def prune_settings(spec: JobSpec) -> PruneSettings:
         choice=method.arms,
         pace=method.pace,
         rank=spec.lora.rank,
-        rank_min=min(method.rank_min, spec.lora.rank),
+        rank_min=min(method.rank_min or math.ceil(spec.lora.rank / 2), spec.lora.rank),
         rank_max=spec.lora.rank,
         exploration=method.exploration,
         deadline_s=spec.rounds.deadline_s,
