@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from fleetune.coordinator.domain import Blob, RoundEntry, TaskEntry, Update
 from fleetune.coordinator.rounds import adapter
@@ -20,6 +22,7 @@ from fleetune.coordinator.rounds.retention import SPOOL_IDLE_S, Garbage, Retenti
 from fleetune.coordinator.store import records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
+from fleetune.errors import DurabilityError
 from fleetune.wire import digests
 from fleetune.workers import Workers
 from support.machines import PLAN
@@ -139,6 +142,38 @@ async def test_what_the_last_commit_still_stands_on_stays_until_the_next_is_on_d
     shelf.retention.committed()
     await shelf.retention.forget(())
     assert shelf.there() == set()
+
+
+async def test_a_full_disk_gets_the_room_of_blobs_whose_rows_cannot_go(shelf: Shelf) -> None:
+    blob = await shelf.store(b"an update")
+    await shelf.row(blob)
+    pages = await shelf.database.write(lambda tx: tx.execute(text("PRAGMA page_count")).scalar_one())
+    await shelf.database.write(lambda tx: tx.execute(text("CREATE TABLE ballast (data BLOB)")))
+    # Every removed row takes more room with it than there is.
+    await shelf.database.write(
+        lambda tx: tx.execute(text("CREATE TRIGGER full BEFORE DELETE ON blobs BEGIN INSERT INTO ballast VALUES (zeroblob(1000000)); END"))
+    )
+    await shelf.database.write(lambda tx: tx.execute(text(f"PRAGMA max_page_count = {pages + 8}")))
+    await shelf.retention.forget({blob.digest})
+    assert await shelf.database.read(records.blob_digests) == {blob.digest}
+    assert shelf.there() == set()
+
+
+async def test_nothing_is_removed_where_the_disk_does_not_take_the_rows_removal(shelf: Shelf) -> None:
+    blob = await shelf.store(b"an update")
+    await shelf.row(blob)
+    told: list[DurabilityError] = []
+    shelf.database.on_broken = told.append
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A write beyond it fails with EFBIG, which is "disk I/O error" to SQLite.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        await shelf.retention.forget({blob.digest})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ["disk I/O error" in str(error) for error in told] == [True]
+    assert await shelf.database.read(records.blob_digests) == {blob.digest}
+    assert shelf.there() == {blob.digest}
 
 
 async def test_a_dry_run_counts_and_leaves_everything(shelf: Shelf) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from fleetune.coordinator.rounds import adapter, needs
 from fleetune.coordinator.rounds.needs import JobFacts, Trim
-from fleetune.coordinator.store import records
+from fleetune.coordinator.store import copies, records
 from fleetune.coordinator.store.blobs import BlobStore
 from fleetune.coordinator.store.db import Database
 from fleetune.workers import Workers
@@ -151,11 +151,14 @@ class Retention:
             try:
                 await self._database.write(forget)
             except OperationalError as error:
-                # A full disk has no room for the rows' removal, and room is what the files give back. A row without a blob does no
-                # harm: the next start clears it. But what an operator wishes for later must be written down first.
                 log.warning("rows of %d blobs not cleared away, the next start does it: %s", len(doomed), error.orig)
+                # What an operator wishes for later must be written down first.
                 if change is not None:
                     raise
+                # A full disk has no room for the rows' removal, and room is what the files give back: a row without a blob does no
+                # harm. Of a failing disk nothing is known, nor which rows are still there.
+                if error.orig is None or not copies.is_full(error.orig):
+                    return
             await self._disk.run(self._delete, doomed)
         finally:
             self._doomed -= doomed
