@@ -48,7 +48,7 @@ def rounds_of(told: Mapping[str, DeviceFigures], count: int, layout: str = "bloc
     return found
 
 
-@pytest.mark.parametrize(("layout", "rounds"), [("blocks", 3), ("depth", 5)])
+@pytest.mark.parametrize(("layout", "rounds"), [("blocks", 3), ("depth", 4)])
 def test_a_slow_device_that_claims_to_be_a_thousand_times_faster_is_found_out(layout: str, rounds: int) -> None:
     honest = rounds_of({}, 1, layout)[0]
     lied = rounds_of({"c": figures(0.003)}, rounds + 2, layout)

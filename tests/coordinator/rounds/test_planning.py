@@ -338,6 +338,14 @@ def test_lateness_is_a_moving_average_that_never_falls_below_nothing() -> None:
     assert timing.later_by(1.5, 10.0, 0.0) == 1.5, "not seen"
 
 
+def test_figures_that_are_far_off_twice_in_a_row_are_not_believed_any_more() -> None:
+    after_one = timing.later_by(0.0, 10.0, 110.0)
+    assert after_one == pytest.approx(30.0), "it may have been a stall"
+    assert timing.later_by(after_one, 40.0, 12.0) == pytest.approx(0.7 * 30 + 0.3 * 2), "and was one"
+    assert timing.later_by(after_one, 40.0, 110.0) == pytest.approx(100.0), "it was none"
+    assert timing.later_by(2.0, 12.0, 110.0) == pytest.approx(0.7 * 2 + 0.3 * 100), "what is usual is not far off"
+
+
 def test_an_unknown_uplink_is_taken_for_the_usual_one() -> None:
     links = [LinkFigures(up) for up in (1e6, 3e6, 2e6, 0.0)]
     rates = timing.up_rates([device(number, link) for number, link in enumerate(links)])

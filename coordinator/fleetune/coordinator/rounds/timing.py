@@ -16,6 +16,9 @@ UNKNOWN_UP_BITS_PER_S = 10e6
 NEWEST_WEIGHT = 0.3
 """Of the newest round in the moving average of a device's lateness."""
 
+FAR_OFF = 2.0
+"""Twice in a row ready only after so many times what its figures say: they are wrong, and the average would take long to come there."""
+
 
 def payload_bits(block: DepthBlock, settings: PlanSettings) -> float:
     """Bits on the wire of the update of one depth."""
@@ -76,10 +79,17 @@ def up_rates(candidates: Sequence[Candidate]) -> dict[str, float]:
 
 
 def later_by(before_s: float, planned_ready_s: float, seen_ready_s: float) -> float:
-    """The moving average of how much later than its figures say a device's uploads begin; `before_s` was in the plan already."""
+    """The moving average of how much later than its figures say a device's uploads begin; `before_s` was in the plan already.
+
+    The newest alone where it is the second in a row that is far off: one may be a stall.
+    """
     if seen_ready_s <= 0:  # not seen, as after a restart
         return before_s
-    return max(0.0, (1 - NEWEST_WEIGHT) * before_s + NEWEST_WEIGHT * (seen_ready_s - (planned_ready_s - before_s)))
+    told_s = planned_ready_s - before_s
+    late_s, far_s = seen_ready_s - told_s, (FAR_OFF - 1.0) * told_s
+    if late_s >= far_s and before_s >= NEWEST_WEIGHT * far_s:
+        return late_s
+    return max(0.0, (1 - NEWEST_WEIGHT) * before_s + NEWEST_WEIGHT * late_s)
 
 
 def taken_over(
