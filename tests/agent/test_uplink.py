@@ -280,7 +280,7 @@ async def test_a_longer_update_keeps_its_chunks_until_its_turn(
     )
     uplink.hears_turns = True
     coordinator.turn = asyncio.Event()
-    update, path, data = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    update, path, data = an_update(tmp_path, uplinks.UNASKED_BYTES + 1)
     uplink.send(update, path, fresh=True)
     await coordinator.until(lambda: "t1" in coordinator.updates)
     async with bulk.use() as opened:  # behind whatever the upload has written
@@ -319,7 +319,7 @@ async def test_an_update_that_waits_for_its_turn_hears_that_it_is_known(
     coordinator: FakeCoordinator, uplink: Uplink, heard: Heard, tmp_path: Path
 ) -> None:
     uplink.hears_turns = True
-    update, path, _ = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    update, path, _ = an_update(tmp_path, uplinks.UNASKED_BYTES + 1)
     for status in (ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE):
         uplink.send(update, path, fresh=True)
         if status is ReceiptStatus.ACCEPTED:
@@ -333,7 +333,7 @@ async def test_an_update_that_is_refused_before_its_turn_hears_why(
 ) -> None:
     uplink.hears_turns = True
     coordinator.upload_abort = (grpc.StatusCode.INVALID_ARGUMENT, "not like this")
-    update, path, _ = an_update(tmp_path, channel.SERVER_WINDOW_BYTES + 1)
+    update, path, _ = an_update(tmp_path, uplinks.UNASKED_BYTES + 1)
     uplink.send(update, path, fresh=True)
     _, kind, message = await asyncio.wait_for(heard.failures.get(), WAIT_S)
     assert (kind, "not like this" in message) == (FailureKind.TRANSFER, True)

@@ -22,7 +22,6 @@ from fleetune.agent.links import Line
 from fleetune.agent.pacing import Pace
 from fleetune.errors import WireError
 from fleetune.v1 import blob_pb2, blob_pb2_grpc, messages_pb2
-from fleetune.wire import channel as wire
 from fleetune.wire import chunks, frames
 from fleetune.wire.answers import Answer
 from fleetune.workers import Workers
@@ -50,6 +49,9 @@ PROBE_PIECES = 5
 PROBE_DEADLINE_S = 30.0
 PROBE_S_MIN = 0.001
 """Below this the coordinator's clock says nothing; it is two gigabits a second, more than any plan asks for."""
+
+UNASKED_BYTES = 256 << 10
+"""So much goes along with its header: a round trip for the upload's turn is not worth it, and thousands of devices at once may do so."""
 
 SLOW_AFTER_S = 0.25
 SLOW_BYTES_PER_S = 32 << 20
@@ -214,8 +216,7 @@ class Uplink:
         call = frames.upload(channel)()
         answer = Answer(call)
         timing = _Timing(offset)
-        # What fits into the window is not worth a round trip.
-        waits = self.hears_turns and size_bytes - offset > wire.SERVER_WINDOW_BYTES
+        waits = self.hears_turns and size_bytes - offset > UNASKED_BYTES
         try:
             while requests:
                 pace = self._paces.get(update.task_id)
