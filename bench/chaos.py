@@ -7,6 +7,7 @@ with the same bytes, and the coordinator's state folder must pass every rule of 
     python bench/chaos.py --agent-kills 20 --seed 7
     python bench/chaos.py --cuts 10 --cut-mib 20
     python bench/chaos.py --stops 20
+    python bench/chaos.py --mixed 30
     python bench/chaos.py --all --write
 """
 
@@ -111,7 +112,7 @@ class Outcome:
             found.append("the job did not complete")
         if not self.identical:
             found.append("the final adapter differs from the undisturbed run's")
-        if self.trained_again and self.plan.mode != "agent kills":
+        if self.trained_again and "agent kills" not in self.plan.mode:
             found.append(f"{self.trained_again} tasks were trained again, although their devices lived on")
         if self.faults < self.plan.faults:
             found.append(f"only {self.faults} of {self.plan.faults} faults were made before the job's end")
@@ -199,7 +200,7 @@ async def coordinator_kills(plan: Plan, folder: Path) -> Outcome:
     outcome, rng = Outcome(plan), random.Random(plan.seed)
 
     async def disturb(run: Run) -> None:
-        async for pause_s in _instants(outcome, run, rng):
+        async for pause_s in _instants(outcome, run, rng, plan.faults - outcome.faults):
             await asyncio.sleep(pause_s)
             run.fleet.kill_coordinator()
             outcome.faults += 1
@@ -234,7 +235,7 @@ async def agent_kills(plan: Plan, folder: Path) -> Outcome:
     outcome, rng = Outcome(plan), random.Random(plan.seed)
 
     async def disturb(run: Run) -> None:
-        async for pause_s in _instants(outcome, run, rng):
+        async for pause_s in _instants(outcome, run, rng, plan.faults - outcome.faults):
             await asyncio.sleep(pause_s)
             run.fleet.replace_agent(rng.randrange(plan.agents))
             outcome.faults += 1
@@ -275,12 +276,44 @@ async def cuts(plan: Plan, folder: Path) -> Outcome:
     return _judged(outcome, fleet, folder)
 
 
+async def mixed(plan: Plan, folder: Path) -> Outcome:
+    """Random agents are killed and started again, and half as many connections cut, all in one job."""
+    outcome, rng = Outcome(plan), random.Random(plan.seed)
+    cuts = plan.faults // 3
+    killed = 0
+    async with Proxy() as proxy, Fleet(folder, plan.agents, options=OPTIONS, route=proxy.open, plaintext=plan.plaintext) as fleet:
+        sizes = plan.agents * round(plan.mib * MIB)
+
+        async def kill(run: Run) -> None:
+            nonlocal killed
+            async for pause_s in _instants(outcome, run, rng, plan.faults - cuts - killed):
+                await asyncio.sleep(pause_s)
+                run.fleet.replace_agent(rng.randrange(plan.agents))
+                killed += 1
+
+        async def cut(run: Run) -> None:
+            left = cuts - proxy.cuts
+            for index in range(left):
+                await run.until_committed(index * (plan.rounds - 1) // left)
+                if run.ended:
+                    return
+                proxy.cut_at(proxy.up_bytes + rng.randrange(sizes))
+
+        async def disturb(run: Run) -> None:
+            await asyncio.gather(kill(run), cut(run))
+            await run.finish()
+            outcome.faults = killed + proxy.cuts
+
+        await _both(plan, fleet, outcome, disturb)
+    return _judged(outcome, fleet, folder)
+
+
 async def stops(plan: Plan, folder: Path) -> Outcome:
     """The coordinator gets SIGTERM while updates are on their way, and is started again once it has ended."""
     outcome, rng = Outcome(plan), random.Random(plan.seed)
 
     async def disturb(run: Run) -> None:
-        async for pause_s in _instants(outcome, run, rng):
+        async for pause_s in _instants(outcome, run, rng, plan.faults - outcome.faults):
             await asyncio.sleep(pause_s)
             code, took_s = await run.fleet.stop_coordinator()
             outcome.faults += 1
@@ -297,7 +330,13 @@ async def stops(plan: Plan, folder: Path) -> Outcome:
     return _judged(outcome, fleet, folder)
 
 
-MODES = {"coordinator kills": coordinator_kills, "agent kills": agent_kills, "link cuts": cuts, "coordinator stops": stops}
+MODES = {
+    "coordinator kills": coordinator_kills,
+    "agent kills": agent_kills,
+    "link cuts": cuts,
+    "coordinator stops": stops,
+    "agent kills and link cuts": mixed,
+}
 
 
 async def _both(plan: Plan, fleet: Fleet, outcome: Outcome, disturb: Disturb, measure: Disturb | None = None) -> None:
@@ -330,11 +369,10 @@ async def _both(plan: Plan, fleet: Fleet, outcome: Outcome, disturb: Disturb, me
             return
 
 
-async def _instants(outcome: Outcome, run: Run, rng: random.Random) -> AsyncIterator[float]:
-    """For each fault that is still to be made, once its round is under way, how much longer to wait. Ends with the job at the latest."""
+async def _instants(outcome: Outcome, run: Run, rng: random.Random, wanted: int) -> AsyncIterator[float]:
+    """For each of the `wanted` faults, once its round is under way, how much longer to wait. Ends with the job at the latest."""
     round_s = outcome.undisturbed_s / run.rounds
     last = run.rounds - 0.8
-    wanted = outcome.plan.faults - outcome.faults
     for index, drawn in enumerate(sorted(rng.uniform(0.0, last) for _ in range(wanted))):
         # Faults that bunch at the end would outlast the job: each takes a round or two until the next one may come.
         point = max(0.0, min(drawn, last - ROUNDS_PER_FAULT * (wanted - 1 - index)))
@@ -460,7 +498,8 @@ def as_json(outcome: Outcome) -> dict[str, object]:
 
 
 def _plans(given: argparse.Namespace) -> list[Plan]:
-    wanted = (100, 100, 50, 20) if given.all else (given.coordinator_kills, given.agent_kills, given.cuts, given.stops)
+    one_by_one = (given.coordinator_kills, given.agent_kills, given.cuts, given.stops, given.mixed)
+    wanted = (100, 100, 50, 20, 150) if given.all else one_by_one
     plans: list[Plan] = []
     for mode, faults in zip(MODES, wanted, strict=True):
         if faults:
@@ -479,7 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--agent-kills", type=int, default=0, metavar="N", help="kill -9 of agents")
     parser.add_argument("--cuts", type=int, default=0, metavar="N", help="connections cut by a proxy, one a round")
     parser.add_argument("--stops", type=int, default=0, metavar="N", help="SIGTERM to the coordinator")
-    parser.add_argument("--all", action="store_true", help="100, 100, 50 and 20 of them")
+    parser.add_argument("--mixed", type=int, default=0, metavar="N", help="kill -9 of agents and half as many cuts, N in all, in one job")
+    parser.add_argument("--all", action="store_true", help="100, 100, 50, 20 and 150 of them")
     parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     parser.add_argument("--agents", type=int, default=8, help="agent processes")
     parser.add_argument("--mib", type=float, default=1.0, help="size of the state under kills in MiB")

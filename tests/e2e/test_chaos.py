@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
-    ("mode", "agents", "faults"), [("--coordinator-kills", 3, 5), ("--agent-kills", 3, 5), ("--cuts", 2, 3)], ids=lambda value: str(value)
+    ("mode", "agents", "faults"),
+    [("--coordinator-kills", 3, 5), ("--agent-kills", 3, 5), ("--cuts", 2, 3), ("--mixed", 3, 6)],
+    ids=lambda value: str(value),
 )
 def test_a_job_under_faults_ends_as_the_undisturbed_one(tmp_path: Path, mode: str, agents: int, faults: int) -> None:
     out = tmp_path / "chaos.json"
