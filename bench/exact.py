@@ -227,8 +227,11 @@ class Bench:
         self.outcome.violations += [violation for violation in found if folders or violation.rule not in FOLDER_RULES]
         self.outcome.folders += len({(violation.job_id, violation.round_number) for violation in found if violation.rule in FOLDER_RULES})
 
-    async def doomed(self, before: Sequence[str]) -> int | None:
-        """Start with the fault in place; the exit code, or None (and it is killed) where it lived through its rounds."""
+    async def doomed(self, before: Sequence[str], kind: str = "?") -> int | None:
+        """Start with the fault in place; the exit code, or None (and it is killed) where it lived through its rounds.
+
+        `kind` is that of the call that is hit, for a process that was gone before its tracer could ask which it was and wrote "???".
+        """
         self.trace.unlink(missing_ok=True)
         self.fleet.before = tuple(before)
         committed = self.ledger.committed(self.job_id)
@@ -246,7 +249,7 @@ class Bench:
         trace = self._read_trace()
         hit = [line for line in trace.splitlines() if "(" in line]
         call = re.search(r"(\w+)\(", hit[-1]) if hit else None
-        self.outcome.hit(f"{call[1]} of {_about(hit[-1])}" if call else "?")
+        self.outcome.hit(f"{call[1]} of {_about(hit[-1])}" if call else f"{kind} of ?")
         return code
 
     def _is_traced(self) -> bool:
@@ -302,7 +305,7 @@ async def calls(folder: Path, names: Sequence[str], step: int, most: int) -> Out
             stride = step if call == "pwrite64" else 1
             for number in range(1, most + 1, stride):
                 await bench.another(PATH_ROUNDS)
-                code = await bench.doomed(_strace(str(bench.trace), call, "signal=SIGKILL", number))
+                code = await bench.doomed(_strace(str(bench.trace), call, "signal=SIGKILL", number), call)
                 bench.judge()
                 if code is None:
                     break
@@ -330,7 +333,7 @@ async def flush_errors(folder: Path, wanted: int) -> Outcome:
                 if outcome.faults == wanted:
                     break
                 await bench.another(PATH_ROUNDS)
-                code = await bench.doomed(_strace(str(bench.trace), call, "error=EIO", number))
+                code = await bench.doomed(_strace(str(bench.trace), call, "error=EIO", number), call)
                 if code is not None:
                     reached = True
                     if code <= 0:
