@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import get_args
+
 import pytest
 
-from fleetune.coordinator import jobspec, loraranks
+from fleetune.complaints import Complaint
+from fleetune.coordinator import jobspec, loraranks, recipes
+from fleetune.coordinator.jobsections import AggregationName
 from fleetune.coordinator.jobspec import JobFileError, JobSpec
 from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.methods.base import RoundFacts
@@ -34,10 +39,14 @@ def job(ranks: str = "", method: str = "") -> JobSpec:
     return jobspec.parse(FILE.format(ranks=ranks, method=method))
 
 
-def complaints(ranks: str = "", method: str = "") -> dict[str, str]:
+def complaints_of(method: str, ranks: str = "") -> Sequence[Complaint]:
     with pytest.raises(JobFileError) as caught:
         job(ranks, method)
-    return {complaint.path: complaint.remedy for complaint in caught.value.complaints}
+    return caught.value.complaints
+
+
+def complaints(ranks: str = "", method: str = "") -> dict[str, str]:
+    return {complaint.path: complaint.remedy for complaint in complaints_of(method, ranks)}
 
 
 def test_the_first_pattern_that_fits_holds() -> None:
@@ -123,10 +132,34 @@ def test_with_fedsa_nobody_else_can_measure_and_ranks_are_equal() -> None:
     assert (complaint.path, complaint.allowed) == ("evaluation.source", "devices or none, with aggregation = fedsa")
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex"])
-def test_ways_that_change_the_base_are_no_choices_and_those_that_are_are_named(name: str) -> None:
-    with pytest.raises(JobFileError) as caught:
-        job(method=f'aggregation = "{name}"')
-    (complaint,) = caught.value.complaints
+def test_what_is_no_aggregation_is_told_those_that_there_are() -> None:
+    (complaint,) = complaints_of('aggregation = "florist"')
     assert complaint.path == "method.aggregation"
-    assert all(choice in complaint.allowed for choice in ("exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "fedsa"))
+    assert all(choice in complaint.allowed for choice in get_args(AggregationName))
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_a_state_with_a_rest_has_its_rank_and_all_one_scale(name: str) -> None:
+    spec = job(method=f'aggregation = "{name}"\nresidual_rank = 40')
+    assert (loraranks.residual_rank(spec), loraranks.state_rank(spec)) == (40, 48)
+    lora = recipes.recipe(spec).lora
+    assert lora.rank == 48 and lora.alpha / lora.rank == loraranks.scale(spec) == 3.0
+    assert METHOD.fold(spec, 3) == LoraFold(spec.method.aggregation or "fedit", 48, 3.0, 3, narrower=True, residual_rank=40)  # type: ignore[arg-type]
+    assert {(task.rank, task.scale, task.trains) for task in tasks(spec).values()} == {(8, 3.0, "beside-rest")}
+    assert loraranks.state_rank(job(method=f'aggregation = "{name}"')) == 72
+    assert loraranks.state_rank(job()) == 8 and recipes.recipe(job()).lora.alpha == 24.0
+
+
+def test_flora_goes_with_unlike_ranks_and_fedex_does_not() -> None:
+    spec = job('"pi4-*" = 2', 'aggregation = "flora"')
+    assert {name: task.rank for name, task in tasks(spec).items()} == {"id-1": 2, "id-2": 8}
+    found = complaints('"pi4-*" = 2', 'aggregation = "fedex"')
+    assert found.keys() == {"method.ranks"} and '"flora"' in found["method.ranks"]
+
+
+def test_who_has_no_rest_is_told_to_remove_its_rank() -> None:
+    for method in ("residual_rank = 8", 'aggregation = "exact"\nresidual_rank = 8'):
+        found = complaints("", method)
+        assert found.keys() == {"method.residual_rank"} and "fedex" in found["method.residual_rank"]
+    assert complaints("", 'aggregation = "flora"\nresidual_rank = 0').keys() == {"method.residual_rank"}
+    assert complaints("", 'aggregation = "fedex"\nserver_optimizer = "fedadam"').keys() == {"method.aggregation"}

@@ -13,8 +13,9 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fleetune.v1 import control_pb2
 from support import tiny_models
-from support.fleet import Agent, Fleet, metric, toml
+from support.fleet import Agent, Fleet, JobView, metric, toml
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -80,12 +81,52 @@ def test_devices_of_unlike_ranks_learn_together(fleet: Fleet, bert: Path, rows: 
     assert {tensor.shape[0] for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
 
     model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(bert)
+    assert metric(done.history[-1], "accuracy") == pytest.approx(_accuracy(model, bert, rows))
+
+
+def _halt(fleet: Fleet, job_id: str, rounds: int) -> JobView:
+    """The job, standing, after so many rounds or more."""
+    fleet.until(job_id, lambda view: view.rounds_committed >= rounds, f"{rounds} rounds")
+    fleet.pause(job_id)
+    fleet.until(job_id, lambda view: view.state == control_pb2.JOB_STATE_PAUSED, "the job to stand")
+    return fleet.view(job_id)
+
+
+def _accuracy(model: PeftModel, base: Path, rows: Path) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(base)
     found = [json.loads(line) for line in (rows / "validation.jsonl").read_text().splitlines()]
     with torch.no_grad():
         guesses = model(**tokenizer([row["text"] for row in found], padding=True, return_tensors="pt")).logits.argmax(-1).tolist()
-    right = sum(tiny_models.LABELS[guess] == row["label"] for guess, row in zip(guesses, found, strict=True))
-    assert metric(done.history[-1], "accuracy") == pytest.approx(right / len(found))
+    right: int = sum(tiny_models.LABELS[guess] == row["label"] for guess, row in zip(guesses, found, strict=True))
+    return right / len(found)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("aggregation", ["flora", "fedex"])
+def test_who_has_missed_rounds_goes_on_from_the_same_weights(own_fleet: Fleet, bert: Path, rows: Path, aggregation: str) -> None:
+    text = job(bert, aggregation=aggregation, residual_rank=24).replace("minimum = 2", "minimum = 1").replace("count = 5", "count = 20")
+    job_id = own_fleet.submit(text)
+    _halt(own_fleet, job_id, 1)
+    own_fleet.kill9("laptop")
+    own_fleet.offline("laptop")
+    own_fleet.resume(job_id)
+    alone = _halt(own_fleet, job_id, own_fleet.view(job_id).rounds_committed + 1)
+    own_fleet.start("laptop")
+    own_fleet.resume(job_id)
+    done = own_fleet.wait(job_id)
+
+    assert done.rounds_committed == 20, done.message
+    assert alone.history[-1].updates_folded == 1, "without it"
+    assert all(entry.updates_folded == 2 for entry in done.history[alone.rounds_committed :]), "it has come back"
+    assert all({found.name for found in entry.fold_metrics} == {"aggregation_error", "truncation_error"} for entry in done.history)
+    assert done.history[-1].train_loss < done.history[0].train_loss
+    folder = own_fleet.published(done)
+    assert {tensor.shape[0] for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {32}
+    assert "rank 8 and 24 more" in (folder / "README.md").read_text()
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), folder).eval()
+    assert _accuracy(model, bert, rows) == pytest.approx(metric(done.history[-1], "accuracy"))
+    checked = own_fleet.cli("check", str(own_fleet.coordinator_state))
+    assert checked.returncode == 0 and "sound" in checked.stdout, checked.stdout + checked.stderr
 
 
 def test_a_coordinator_that_is_killed_folds_again_from_what_it_has(own_fleet: Fleet, bert: Path) -> None:

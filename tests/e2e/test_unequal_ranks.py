@@ -38,8 +38,9 @@ COLOURS = ("red", "green", "blue")
 Tensors = Mapping[str, npt.NDArray[np.floating]]
 
 
-def job(aggregation: str = "", ranks: str = '{ "pi4-*" = 2, "nano" = 4 }', dtype: str = "float32") -> JobSpec:
+def job(aggregation: str = "", ranks: str = '{ "pi4-*" = 2, "nano" = 4 }', dtype: str = "float32", rest: int = 0) -> JobSpec:
     chosen = f'aggregation = "{aggregation}"' if aggregation else ""
+    chosen += f"\nresidual_rank = {rest}" if rest else ""
     return jobspec.parse(
         f"""
 name = "unequal"
@@ -160,6 +161,31 @@ def test_rounds_of_unlike_ranks_are_the_truncated_mean_of_what_devices_stand_for
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("aggregation", ["flora", "fedex"])
+def test_what_a_pair_cannot_say_of_the_exact_mean_is_in_the_rest(bert: Path, tmp_path: Path, aggregation: str) -> None:
+    federation = Federation(bert, tmp_path, job(aggregation, ranks="", rest=32))  # the smaller side of each weight: nothing is cut
+    scale = loraranks.scale(federation.spec)
+    for number in (1, 2, 3):
+        start = load_file(federation.state)
+        updates = federation.train(number)
+        total = sum(weight for _, weight in updates.values())
+        ends = {device: local(start, load_file(path), 8) for device, (path, _) in updates.items()}
+        result = federation.fold(number, updates)
+        after = load_file(federation.state)
+        for module in pairs(after):
+            dense = sum(updates[d][1] / total * (product(end, module, scale) + tail(start, module, 8, scale)) for d, end in ends.items())
+            assert np.linalg.norm(product(after, module, scale) - dense) <= 1e-5 * np.linalg.norm(dense)
+            left, right = after[f"{module}.lora_B.weight"][:, :8], after[f"{module}.lora_A.weight"][:8]
+            if aggregation == "flora":
+                assert not left.any() and right.any()
+            else:
+                for word, found in (("B", left), ("A", right)):
+                    mean = sum(updates[d][1] / total * end[f"{module}.lora_{word}.weight"] for d, end in ends.items())
+                    assert np.allclose(found, mean, atol=1e-6)
+        assert result.metrics["truncation_error"] <= 1e-6
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_device_trains_no_more_directions_than_its_rank(bert: Path, tmp_path: Path) -> None:
     federation = Federation(bert, tmp_path, job())
     for device, (path, _) in federation.train(1).items():
@@ -222,7 +248,7 @@ def test_a_matrix_that_stands_still_is_neither_trained_nor_sent(bert: Path, tmp_
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("aggregation", ["fedit", "zero-pad", "flexlora"])
+@pytest.mark.parametrize("aggregation", ["fedit", "zero-pad", "flexlora", "flora"])
 def test_the_other_rules_fold_the_same_updates(bert: Path, tmp_path: Path, aggregation: str) -> None:
     federation = Federation(bert, tmp_path, job(aggregation))
     start = load_file(federation.state)

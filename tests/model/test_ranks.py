@@ -58,6 +58,38 @@ def test_it_computes_with_the_first_directions_alone(name: str, request: pytest.
     assert torch.allclose(logits(model), cut, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_lies_past_the_rank_may_be_a_part_of_the_weights_for_a_while(name: str, request: pytest.FixtureRequest) -> None:
+    model = shaken(request.getfixturevalue(name), name)
+    frozen = {key: tensor.clone() for key, tensor in model.model.state_dict().items()}
+    whole = logits(model)
+    with ranks.narrowed(model, 3, 0.7, keeps_rest=True) as narrow:
+        assert {t.parameter.shape[0] for t in narrow.trainables if is_right(t.name)} == {3}
+        assert torch.allclose(logits(narrow), whole, atol=1e-4)
+        moved = [parameter for parameter in narrow.model.parameters() if parameter.requires_grad]
+        assert {id(parameter) for parameter in moved} == {id(parameter) for parameter in narrow.parameters}
+        with torch.no_grad():
+            for trainable in narrow.trainables:
+                if "lora" in trainable.name:
+                    trainable.parameter.mul_(0.5)
+        assert not torch.allclose(logits(narrow), whole, atol=1e-3)
+    found = model.model.state_dict()
+    assert found.keys() == frozen.keys() and all(torch.equal(tensor, frozen[key]) for key, tensor in found.items())
+    assert torch.allclose(logits(model), whole)
+
+
+def test_weights_that_are_tied_stay_tied_and_are_themselves_again(gpt2: Path) -> None:
+    model = adapted(gpt2, recipe_message("causal-lm", ["wte"]))
+    embedding, head = model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight
+    assert embedding.data_ptr() == head.data_ptr()
+    layer = next(module for module in model.model.modules() if hasattr(module, "get_base_layer"))
+    before = layer.get_base_layer().weight
+    with ranks.narrowed(model, 2, keeps_rest=True):
+        assert layer.get_base_layer().weight is not before
+        assert model.model.get_output_embeddings().weight is head
+    assert layer.get_base_layer().weight is before
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_matrix_that_is_held_is_no_trainable_and_has_no_gradient(bert: Path, side: ranks.Side) -> None:
     model = shaken(bert, "bert")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fleetune.complaints import Complaint, shown
 from fleetune.coordinator.jobsections import (
     NAME_WORDS,
+    WITH_REST,
     ArmChoice,
     DataSection,
     EvaluationSection,
@@ -66,6 +67,7 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "spares": ("deft",),
     "aggregation": ("fedavg_lora",),
     "ranks": ("fedavg_lora",),
+    "residual_rank": ("fedavg_lora",),
     "sparsity": ("fedspine",),
     "prune_every": ("fedspine",),
     "prune_step": ("fedspine",),
@@ -394,6 +396,7 @@ def _aggregation(draft: Draft) -> Iterator[Complaint]:
         remedy = 'Put "*" last: the first pattern that fits holds.'
         yield Complaint("method.ranks", shown(patterns[patterns.index("*") + 1]), 'patterns before "*"', remedy)
     yield from _fedsa(draft)
+    yield from _rest(draft)
     if method.server_optimizer == "none":
         return
     remedy = "Remove it, or the server optimiser: its moments mean nothing once the directions of the pairs have been turned."
@@ -414,6 +417,19 @@ def _fedsa(draft: Draft) -> Iterator[Complaint]:
     if draft.sound("evaluation.source") and spec.evaluation.source == "heldout":
         remedy = "Set it to devices, each of which measures its own model, or choose another aggregation."
         yield Complaint("evaluation.source", "heldout", "devices or none, with aggregation = fedsa", remedy)
+
+
+def _rest(draft: Draft) -> Iterator[Complaint]:
+    """Of a state with directions that no device trains."""
+    method, path = draft.spec.method, "method.residual_rank"
+    if method.aggregation not in WITH_REST:
+        if draft.sets(path) and draft.sound(path):
+            found = shown(method.aggregation) if method.aggregation else "its default"
+            remedy = 'Remove it, or set method.aggregation to "flora" or "fedex".'
+            yield Complaint(path, shown(method.residual_rank), f"nothing, for aggregation = {found}", remedy)
+    elif method.aggregation == "fedex" and method.ranks:
+        remedy = 'Remove it: matrices of unlike ranks have no mean; or set method.aggregation = "flora" or "exact".'
+        yield Complaint("method.ranks", shown(next(iter(method.ranks))), "nothing, with aggregation = fedex", remedy)
 
 
 def _deft(draft: Draft) -> Iterator[Complaint]:

@@ -15,7 +15,10 @@ Payload = Literal["gradients", "deltas"]
 Trains = Literal["lora", "full"]
 SharedResource = Literal["ingress", "airtime"]
 Sharing = Literal["weights", "hard"]
-AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "fedsa"]
+AggregationName = Literal["exact", "fedit", "zero-pad", "flexlora", "flora", "fedex", "ffa", "rolora", "fedsa"]
+WITH_REST: frozenset[AggregationName | None] = frozenset({"flora", "fedex"})
+"""Whose states have directions that no device trains."""
+
 ImportanceChoice = Literal["fleet", "own"]
 ArmChoice = Literal["bandit", "fixed"]
 Arbitration = Literal["score", "vote"]
@@ -249,7 +252,16 @@ class MethodSection(Section):
         default=None,
         description="fedavg_lora: how the pairs of many devices become one. exact is the mean of their products, cut to lora.rank by an "
         "SVD; fedit the mean of each matrix by itself; zero-pad that of HetLoRA, weighted by norms; flexlora the exact mean with "
-        "orthonormal A; ffa trains B alone; rolora B and A in turn; fedsa averages A alone, and B and head stay on each device.",
+        "orthonormal A; flora gathers the exact mean in further directions and begins each round with a fresh pair; fedex goes on with the "
+        "means of both matrices and gathers there what these are wrong by; ffa trains B alone; rolora B and A in turn; fedsa averages A "
+        "alone, and B and head stay on each device.",
+    )
+    residual_rank: int = Field(
+        default=64,
+        ge=1,
+        le=RANK_MAX,
+        description="fedavg_lora with flora or fedex: directions that the state has past lora.rank, which devices add to their frozen "
+        "weights for the time of a round. From the smaller side of a weight on nothing is lost; truncation_error tells what is.",
     )
     ranks: Annotated[Ranks, Words("a table of device name patterns and ranks")] = Field(
         default={},

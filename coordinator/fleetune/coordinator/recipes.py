@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fleetune.coordinator import loraranks
 from fleetune.coordinator.jobspec import JobSpec
 from fleetune.v1 import messages_pb2
 
@@ -16,7 +17,8 @@ def _lora(spec: JobSpec) -> messages_pb2.Lora | None:
     """None where the layers' own weights are trained."""
     if spec.method.trains == "full":
         return None
-    return messages_pb2.Lora(rank=spec.lora.rank, alpha=spec.lora.alpha, dropout=spec.lora.dropout, targets=spec.lora.targets)
+    rank, alpha = loraranks.state_rank(spec), loraranks.state_alpha(spec)
+    return messages_pb2.Lora(rank=rank, alpha=alpha, dropout=spec.lora.dropout, targets=spec.lora.targets)
 
 
 def recipe(spec: JobSpec) -> messages_pb2.Recipe:

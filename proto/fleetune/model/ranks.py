@@ -1,4 +1,7 @@
-"""A model's LoRA pairs at a lower rank, or with one of the two matrices held, for the time of a round."""
+"""A model's LoRA pairs at a lower rank, or with one of the two matrices held, for the time of a round.
+
+What lies past that rank is left out, or is a part of the frozen weights as long.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,14 @@ class _Half:
 
 
 @contextlib.contextmanager
-def narrowed(adapted: AdaptedModel, rank: int = 0, scale: float = 0.0, trains: Side = "both") -> Generator[AdaptedModel]:
+def narrowed(
+    adapted: AdaptedModel, rank: int = 0, scale: float = 0.0, trains: Side = "both", *, keeps_rest: bool = False
+) -> Generator[AdaptedModel]:
     """The model with the first `rank` directions of its pairs and that scale, as it stands now; whole again afterwards.
 
-    What lies past `rank` is left out: the coordinator orders a state so that the rest is the best of that rank. The product stays what it
-    is when the scale changes. Matrices that are not trained are no trainables of what is yielded.
+    What lies past `rank` is left out: the coordinator orders a state so that what stays is the best of that rank. With `keeps_rest` it is
+    added to the frozen weights instead, as FLoRA and FedEx-LoRA do, in new tensors beside the old ones: a weight may be tied to another.
+    The product stays what it is when the scale changes. Matrices that are not trained are no trainables of what is yielded.
 
     With 0, 0 and "both" it is the model itself. Raises ModelError for a rank above the model's own.
     """
@@ -53,6 +59,8 @@ def narrowed(adapted: AdaptedModel, rank: int = 0, scale: float = 0.0, trains: S
         replaced: dict[str, torch.nn.Parameter | None] = {}
         for layer in _layers(adapted):
             undo.callback(_setter(layer.scaling, layer.scaling[ADAPTER]))
+            if keeps_rest:
+                _add_rest(layer, rank, undo)
             layer.scaling[ADAPTER] = scale
             for half in _halves(layer):
                 kept = half.full[:rank] if half.side == "right" else half.full[:, :rank] * (own_scale / scale)
@@ -65,6 +73,24 @@ def narrowed(adapted: AdaptedModel, rank: int = 0, scale: float = 0.0, trains: S
         now = ((trainable, replaced.get(trainable.name, trainable.parameter)) for trainable in adapted.trainables)
         trainables = [replace(trainable, parameter=parameter) for trainable, parameter in now if parameter is not None]
         yield replace(adapted, trainables=tuple(trainables))
+
+
+def _add_rest(layer: peft.tuners.lora.LoraLayer, rank: int, undo: contextlib.ExitStack) -> None:
+    """The product of the directions past `rank`, at the layer's own scale, becomes a part of its frozen weight until `undo`."""
+    with contextlib.ExitStack() as whole, torch.no_grad():
+        for half in _halves(layer):
+            whole.callback(_put, half, half.full)
+            rest = half.full[rank:] if half.side == "right" else half.full[:, rank:]
+            _put(half, torch.nn.Parameter(rest.detach(), requires_grad=False))
+        # PEFT knows how each kind of layer has its weight: embeddings and Conv1D have it transposed.
+        assert isinstance(layer, peft.tuners.lora.Linear | peft.tuners.lora.Embedding), "what `lora.attach` finds"
+        product = layer.get_delta_weight(ADAPTER)
+        base = layer.get_base_layer()
+        weight = base.weight
+        assert isinstance(weight, torch.Tensor)
+        sum_of_both = torch.add(weight, product).to(weight.dtype)  # of unlike types in the wider one, rounded once
+    undo.callback(setattr, base, "weight", weight)
+    base.weight = torch.nn.Parameter(sum_of_both, requires_grad=False)
 
 
 def _layers(adapted: AdaptedModel) -> list[peft.tuners.lora.LoraLayer]:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from fleetune.coordinator.lora import rules
 from fleetune.coordinator.lora.factors import Factors, Part
-from fleetune.coordinator.lora.rules import Aggregation, Merged, PairFold
+from fleetune.coordinator.lora.rules import Aggregation, LoraFold, Merged, PairFold
 
 ROWS, COLUMNS, RANK = 48, 32, 8
+WITHOUT_REST = [name for name, rule in rules.RULES.items() if not rule.has_rest]
 Dense = npt.NDArray[np.float64]
 
 
@@ -77,7 +78,7 @@ def test_fedit_is_exact_where_one_matrix_is_shared(same: str) -> None:
 @given(st.integers(0, 2**32), st.integers(2, 6))
 def test_no_rule_is_nearer_to_the_exact_mean_than_exact(seed: int, count: int) -> None:
     parts, old = parts_of(seed, count), factors(seed + 100)
-    errors = {name: merged(name, parts, old).aggregation_error for name in rules.RULES}
+    errors = {name: merged(name, parts, old).aggregation_error for name in WITHOUT_REST}
     assert all(errors["exact"] <= error * (1 + 1e-6) + 1e-9 for error in errors.values())
     assert errors["exact"] == pytest.approx(errors["flexlora"])
 
@@ -130,7 +131,7 @@ def test_flexlora_has_the_singular_values_in_b() -> None:
 def test_equal_parts_stay_what_they_are_under_every_rule() -> None:
     one = factors(7)
     parts = [Part(f"d{index}", 1.0 + index, one) for index in range(4)]
-    for name in rules.RULES:
+    for name in WITHOUT_REST:
         assert near(merged(name, parts, one).factors.dense(), one.dense()), name
 
 
@@ -177,40 +178,80 @@ def test_two_rounds_do_not_add_up() -> None:
     assert near(merged("zero-pad", [Part("a", 1.0, one)], first).factors.dense(), one.dense())
 
 
-def test_flora_s_stack_is_the_exact_mean() -> None:
-    parts = [Part(f"d{i}", 1.0 + i, factors(17 + i, rank, 16.0 / rank)) for i, rank in enumerate((16, 8, 4, 4, 2))]
-    stack = rules.flora_stack(parts)
-    assert stack.rank == 34 and near(stack.dense(), exact(parts))
+REST = 24
+FRESH = np.random.default_rng(77).uniform(-0.1, 0.1, (RANK, COLUMNS))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_fedex_is_exact_with_a_residual_of_the_rank_that_it_claims(count: int) -> None:
-    parts = parts_of(19, count, rank=4)
-    found = rules.fedex(parts)
-    assert near(found.factors.dense() + found.residual.dense(), exact(parts))
-    assert found.residual.rank == (count - 1) * 4
-    assert found.residual.dense().shape == (ROWS, COLUMNS)  # as torch.nn.Linear has its weight; Conv1D has it transposed
-    if count > 1:
-        assert np.linalg.matrix_rank(found.residual.dense()) == found.residual.rank
+def with_rest(aggregation: Aggregation, parts: Sequence[Part], old: Factors, rest: int = REST) -> Merged:
+    folding = PairFold(aggregation, old, None, rest, FRESH if aggregation == "flora" else None)
+    for part in parts:
+        folding.add(part)
+    return folding.result()
 
 
-def test_fedex_truncated_errs_by_the_rest_of_the_spectrum() -> None:
-    residual = rules.fedex(parts_of(21, 4, rank=3)).residual
-    values = np.linalg.svd(residual.dense(), compute_uv=False)
-    found = rules.truncated_residual(residual, 4)
-    assert found.error == pytest.approx(np.sqrt(np.sum(values[4:] ** 2)))
-    assert np.linalg.norm(residual.dense() - found.factors.dense()) == pytest.approx(found.error)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(1, RANK), st.floats(0.25, 8.0)), min_size=1, max_size=5))
+def test_flora_keeps_the_exact_mean_in_the_rest_and_begins_anew(seed: int, devices: list[tuple[int, float]]) -> None:
+    old = factors(seed, RANK + COLUMNS)
+    parts = [Part(f"d{i}", 1.0 + i, factors(seed + 1 + i, rank, scale)) for i, (rank, scale) in enumerate(devices)]
+    found = with_rest("flora", parts, old, COLUMNS)
+    assert near(found.factors.dense(), exact([completed(part, old) for part in parts]))
+    assert np.array_equal(found.factors.right[:RANK], FRESH) and not found.factors.left[:, :RANK].any()
+    assert found.aggregation_error <= 1e-9 * found.norm and found.truncation_error == found.aggregation_error
 
 
-def test_fedex_refuses_unlike_ranks() -> None:
-    with pytest.raises(ValueError, match="same rank"):
-        rules.fedex([Part("a", 1.0, factors(1, 4)), Part("b", 1.0, factors(2, 8))])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_fedex_goes_on_with_fedit_s_pair_and_a_residual_of_the_rank_that_the_paper_says(count: int) -> None:
+    rank = 4
+    parts, old = parts_of(19, count, rank), factors(18, rank + REST)
+    old = Factors(np.hstack([old.left[:, :rank], np.zeros((ROWS, REST))]), old.right, old.scale)  # a first round: nothing in the rest
+    found = with_rest("fedex", parts, old)
+    means = merged("fedit", parts, old.leading(rank)).factors
+    assert near(found.factors.left[:, :rank], means.left) and near(found.factors.right[:rank], means.right)
+    assert near(found.factors.dense(), exact(parts))
+    rest = found.factors.left[:, rank:]
+    assert int(np.count_nonzero(np.abs(rest).max(axis=0) > 1e-12)) == min((count - 1) * rank, REST)
 
 
-def test_fedsa_averages_a_alone() -> None:
-    parts = parts_of(23, 3)
-    shares = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
-    assert near(rules.fedsa(parts), np.sum([p * part.factors.right for p, part in zip(shares, parts, strict=True)], axis=0))
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["flora", "fedex"]), st.integers(1, REST))
+def test_what_the_rest_has_no_room_for_is_the_end_of_the_spectrum(seed: int, aggregation: Aggregation, rest: int) -> None:
+    old, parts = factors(seed, RANK + rest), parts_of(seed + 1, 4)
+    found = with_rest(aggregation, parts, old, rest)
+    mean = exact([completed(part, old) for part in parts])
+    values = np.linalg.svd(mean - found.factors.leading(RANK).dense(), compute_uv=False)
+    error = float(np.linalg.norm(mean - found.factors.dense()))
+    assert error == pytest.approx(float(np.linalg.norm(values[rest:])), abs=1e-9 * values[0])
+    assert found.truncation_error == pytest.approx(error, abs=1e-8 * values[0]) and found.norm == pytest.approx(np.linalg.norm(mean))
+
+
+@pytest.mark.parametrize("aggregation", ["flora", "fedex"])
+def test_two_rounds_in_which_nothing_is_learned_lose_nothing(aggregation: Aggregation) -> None:
+    pair = with_rest(aggregation, parts_of(40, 3), factors(41, RANK + COLUMNS), COLUMNS).factors
+    for _ in range(2):
+        again = with_rest(aggregation, [Part(f"d{i}", 1.0 + i, pair.leading(RANK)) for i in range(3)], pair, COLUMNS).factors
+        assert near(again.dense(), pair.dense())
+        pair = again
+
+
+def test_fresh_rows_are_those_of_their_round_seed_and_name() -> None:
+    fold = LoraFold("flora", RANK + REST, 2.0, 3, True, REST, 5)
+    first = fold.fresh("m.lora_A.weight", COLUMNS)
+    assert first is not None and first.shape == (RANK, COLUMNS)
+    assert 0.9 / np.sqrt(COLUMNS) < np.abs(first).max() <= 1 / np.sqrt(COLUMNS) and abs(first.mean()) < 0.03
+    same = fold.fresh("m.lora_A.weight", COLUMNS)
+    assert same is not None and np.array_equal(first, same)
+    others = [replace(fold, round_number=4), replace(fold, seed=6)]
+    for other in [found.fresh("m.lora_A.weight", COLUMNS) for found in others] + [fold.fresh("n.lora_A.weight", COLUMNS)]:
+        assert other is not None and not np.array_equal(first, other)
+    assert replace(fold, aggregation="fedex").fresh("m.lora_A.weight", COLUMNS) is None
+
+
+def test_fresh_rows_are_the_same_on_every_machine() -> None:
+    """Philox's raw bits: what is drawn here is what a fold that is done again elsewhere draws."""
+    found = LoraFold("flora", 2, 1.0, 1, True, 1, 0).fresh("m.lora_A.weight", 4)
+    assert found is not None
+    assert found[0].tolist() == [-0.40441672636173465, 0.41116114573048523, 0.2880141463480739, 0.2814686372251093]
 
 
 def test_the_difference_of_two_pairs_needs_no_product() -> None:

@@ -107,6 +107,43 @@ def test_the_state_is_the_best_pair_for_the_dense_mean(tmp_path: Path) -> None:
     assert result.coverage == dict.fromkeys(base, sum(weights))
 
 
+@pytest.mark.parametrize("aggregation", ["flora", "fedex"])
+def test_the_rest_is_what_the_pair_does_not_say_of_the_mean(tmp_path: Path, aggregation: Aggregation) -> None:
+    base, rest = state_of(50), 4
+    rule = LoraFold(aggregation, RANK, SCALE, 7, narrower=True, residual_rank=rest, seed=3)
+    updates = [update_of(index, f"d{index}", RANK - rest, base) for index in range(3)]
+    result = folded(tmp_path, base, updates, rule)
+    after = tensors.read(tmp_path / "out")
+    errors, norms = 0.0, 0.0
+    for module in MODULES:
+        left, right = names(module)
+        trained = {left: after[left][:, :-rest].astype(np.float64), right: after[right][:-rest].astype(np.float64)}
+        if aggregation == "flora":
+            fresh = rule.fresh(right, base[right].shape[1])
+            assert fresh is not None and np.array_equal(after[right][:-rest], fresh.astype(np.float32))
+            assert not trained[left].any()
+        else:
+            total = sum(update[1] for update in updates)
+            for name, begun in ((left, base[left][:, :-rest]), (right, base[right][:-rest])):
+                moved = [update[1] / total * (begun.astype(np.float64) + update[2][name].astype(np.float64)) for update in updates]
+                assert np.allclose(trained[name], np.sum(moved, axis=0), atol=1e-5)
+        missing = dense(base, updates, module) - SCALE * trained[left] @ trained[right]
+        expected = best(missing, rest)
+        got = SCALE * after[left][:, -rest:].astype(np.float64) @ after[right][-rest:].astype(np.float64)
+        assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+        errors += float(np.linalg.norm(missing - expected)) ** 2
+        norms += float(np.linalg.norm(dense(base, updates, module))) ** 2
+    assert result.metrics == pytest.approx(dict.fromkeys(("aggregation_error", "truncation_error"), np.sqrt(errors / norms)), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["flora", "fedex"])
+def test_nobody_sends_of_the_rest(tmp_path: Path, aggregation: Aggregation) -> None:
+    base = state_of(51)
+    rule = LoraFold(aggregation, RANK, SCALE, narrower=True, residual_rank=2)
+    with pytest.raises(WireError, match=f"has the rank {RANK}; 1 to {RANK - 2} is asked for"):
+        folded(tmp_path, base, [update_of(1, "a", RANK, base)], rule)
+
+
 def test_the_order_of_arrival_changes_no_byte(tmp_path: Path) -> None:
     base = state_of(4)
     updates = [update_of(index, f"d{index}", 1 + index % RANK, base) for index in range(9)]
@@ -152,10 +189,11 @@ def shuffled(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str
 
 @pytest.mark.parametrize("aggregation", sorted(RULES))
 def test_every_rule_folds_to_the_same_bytes_again(tmp_path: Path, aggregation: Aggregation) -> None:
-    rule = replace(RULE, aggregation=aggregation)
+    rest = 2 if RULES[aggregation].has_rest else 0
+    rule = replace(RULE, aggregation=aggregation, residual_rank=rest)
     base = state_of(5)
     words = {"left": "B", "right": "A", "both": "AB"}[rule.trained]
-    updates = [update_of(index, f"d{index}", 2 + index, base, words=words) for index in range(4)]
+    updates = [update_of(index, f"d{index}", min(2 + index, RANK - rest), base, words=words) for index in range(4)]
     found: set[str] = set()
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

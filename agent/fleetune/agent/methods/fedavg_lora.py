@@ -42,6 +42,10 @@ SCALE_KEY = "fleetune.lora_scale"
 """In the update's metadata: what the product of the pairs was multiplied by. The coordinator infers it from nothing else."""
 
 
+BESIDE_REST = "beside-rest"
+"""Of `trains`: what lies past `rank` is a part of the frozen weights."""
+
+
 def train(work: Work, emit: Emit) -> Trained:
     """Local training from the global state; writes the delta to `work.out_path`."""
     task = _payload(work)
@@ -49,7 +53,7 @@ def train(work: Work, emit: Emit) -> Trained:
     session, examples, out_path = inputs.loaded(work, emit)
     if task.personal:
         personal.recall(_keep_folder(work), work.task.job_id, session.adapted, int(work.task.round), emit)
-    with ranks.narrowed(session.adapted, int(task.rank), task.scale, _side(task)) as adapted:
+    with ranks.narrowed(session.adapted, int(task.rank), task.scale, _side(task), keeps_rest=task.trains == BESIDE_REST) as adapted:
         anchors = [parameter.detach().clone() for parameter in adapted.parameters]
         loaded = time.monotonic()
         plan = plans.plan(task, work, len(examples), steps=int(task.steps), epochs=task.epochs, proximal_mu=task.proximal_mu)
@@ -108,13 +112,13 @@ def _payload(work: Work) -> fedavg_lora_pb2.FedavgLoraTask:
 
 def _side(task: fedavg_lora_pb2.FedavgLoraTask) -> ranks.Side:
     match task.trains:
-        case "" | "both":
+        case "" | "both" | "beside-rest":
             return "both"
         case "left" | "right":
             return task.trains
         case _:
             raise UnsupportedError(
-                f"The task asks to train {task.trains!r} of each LoRA pair; left, right and both are known here.",
+                f"The task asks to train {task.trains!r} of each LoRA pair; left, right, both and {BESIDE_REST} are known here.",
                 "Update Fleetune on this machine.",
             )
 

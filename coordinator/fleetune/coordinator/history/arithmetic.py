@@ -112,9 +112,11 @@ class _LoraRule:
     aggregation: str
     scale: float
     layout: Layout | None = None
+    residual_rank: int = 0
+    seed: int = 0
 
     def of(self, number: int) -> PairRule:
-        return PairRule(self.aggregation, self.scale, number, self.layout)
+        return PairRule(self.aggregation, self.scale, number, self.layout, self.residual_rank, self.seed)
 
 
 _UNKNOWN = _LoraRule("", 0.0)
@@ -135,7 +137,8 @@ def _rule(job: JobHistory, find: Find) -> _LoraRule | None:
     by_itself = method.aggregation == "fedsa" or (method.aggregation == "fedit" and not method.ranks)
     if method.name != "fedavg_lora" or method.server_optimizer != "none" or by_itself:
         return None
-    return _LoraRule(method.aggregation or "fedit", scale)
+    rest = method.residual_rank if method.aggregation in pairs.WITH_REST else 0
+    return _LoraRule(method.aggregation or "fedit", scale, None, rest, spec.seed)
 
 
 def _layout(job: JobHistory, find: Find) -> Layout | None:

@@ -7,6 +7,8 @@ is, singular values leave open. Where it averages matrices, they must be these, 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from fleetune.wire import codec
 Places = npt.NDArray[np.integer]
 
 BY_PRODUCTS = frozenset({"exact", "flexlora"})
+WITH_REST = frozenset({"flora", "fedex"})
 
 TOLERANCE = 1e-5
 """Of the norm of a mean of products."""
@@ -40,6 +43,9 @@ class PairRule:
     round_number: int
     layout: Layout | None = None
     """Of a model whose devices prune it."""
+    residual_rank: int = 0
+    """How many of the last directions no device trains, for `flora` and `fedex`."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ def unlike(start: Path, end: Path, result: codec.TensorTable, updates: Sequence[
         devices = list(files.devices(left, right))
         if not devices:
             same = all(np.array_equal(files.old(name), matrix(end, result, name)) for name in (left, right))
+        elif rule.aggregation in WITH_REST:
+            same = _is_with_rest(files, devices, weights, (left, right), found, result)
         elif rule.aggregation in BY_PRODUCTS:
             same = _is_best(_mean_product(files, devices, weights, left, right), found, rule.scale)
         else:
@@ -131,7 +139,7 @@ def _mean_product(files: _Round, devices: Sequence[_Own], weights: Sequence[int]
     coverage = np.zeros_like(total)
     for own in devices:
         product = own.scale * (own.left @ own.right)
-        if files.rule.aggregation == "exact":  # it stands for the directions that it was not given, as they were
+        if files.rule.aggregation != "flexlora":  # it stands for the directions that it was not given, as they were
             product += scale * (old_left[own.rows][:, own.rank :] @ old_right[own.rank :][:, own.columns])
         there = np.ix_(own.rows, own.columns)
         total[there] += weights[own.index] * product
@@ -139,12 +147,46 @@ def _mean_product(files: _Round, devices: Sequence[_Own], weights: Sequence[int]
     return np.where(coverage > 0, total / np.where(coverage > 0, coverage, 1.0), scale * (old_left @ old_right))
 
 
-def _is_best(mean: Values, found: tuple[Values, Values], scale: float) -> bool:
-    """Whether the pair is as near to the mean as any of its rank."""
-    singular = np.linalg.svd(mean, compute_uv=False)
+def _is_best(mean: Values, found: tuple[Values, Values], scale: float, beside: Values | None = None) -> bool:
+    """Whether the pair is as near to the mean as any of its rank; to what of the mean is not in `beside`, if there is that."""
+    wanted = mean if beside is None else mean - beside
+    singular = np.linalg.svd(wanted, compute_uv=False)
     # Equal singular values leave the best pair open, but not how far the best are from the mean.
-    error, best = float(np.linalg.norm(mean - scale * (found[0] @ found[1]))), float(np.linalg.norm(singular[len(found[1]) :]))
-    return error <= best + TOLERANCE * float(np.linalg.norm(singular))
+    error, best = float(np.linalg.norm(wanted - scale * (found[0] @ found[1]))), float(np.linalg.norm(singular[len(found[1]) :]))
+    return error <= best + TOLERANCE * float(np.linalg.norm(mean))
+
+
+def _is_with_rest(
+    files: _Round,
+    devices: Sequence[_Own],
+    weights: Sequence[int],
+    names: tuple[str, str],
+    found: tuple[Values, Values],
+    result: codec.TensorTable,
+) -> bool:
+    """Whether the first directions are what devices go on with, and the others the best for what these do not say of the mean."""
+    rank, scale = len(found[1]) - files.rule.residual_rank, files.rule.scale
+    left, right = found[0][:, :rank], found[1][:rank]
+    if files.rule.aggregation == "flora":
+        wanted = np.zeros_like(left), _fresh(files.rule, names[1], right)
+    else:
+        total = sum(weights[own.index] for own in devices)
+        wanted = np.zeros_like(left), np.zeros_like(right)
+        for own in devices:
+            wanted[0][:, : own.rank] += weights[own.index] / total * (own.scale / scale) * own.left
+            wanted[1][: own.rank] += weights[own.index] / total * own.right
+    both = zip(names, wanted, (left, right), strict=True)
+    if not all(_is_near(expected, there, result.by_name[name].dtype) for name, expected, there in both):
+        return False
+    mean = _mean_product(files, devices, weights, *names)
+    return _is_best(mean, (found[0][:, rank:], found[1][rank:]), scale, scale * (left @ right))
+
+
+def _fresh(rule: PairRule, name: str, like: Values) -> Values:
+    """A's rows at the begin of a round of FLoRA's: by name, round and seed, within 1/sqrt(k)."""
+    digest = hashlib.sha256(f"{rule.seed}/{rule.round_number}/{name}".encode()).digest()
+    drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(like.shape)
+    return (2.0 * drawn - 1.0) / math.sqrt(like.shape[1])
 
 
 def _is_near(expected: Values, found: Values, dtype: str) -> bool:

@@ -6,29 +6,36 @@
     zero-pad   HetLoRA: the same with zeros for the others, devices weighted by the norm of their product instead of their rows
     ffa        FFA-LoRA: A stays as it was made, B alone is trained; exact, as all share A
     rolora     RoLoRA: B in odd rounds, A in even ones; exact, as the other matrix is shared
+    flora      FLoRA: the exact mean becomes part of the weights, and a fresh pair begins beside it
+    fedex      FedEx-LoRA: FedIT's pair, and what it is wrong by becomes part of the weights
 
 A device of rank r_i is given the first r_i directions of the pair and knows nothing of the others. In the exact mean it stands for its own
 product *and* those others as they were: what nobody was asked about is no zero. With equal ranks this is the mean of s B A as the papers
 have it. FlexLoRA and HetLoRA count them as zeros, as their papers do, so that each round shrinks them by the weight of the devices
 that did not have them.
 
-Two more ways change the frozen weights; here is their algebra alone: `flora_stack` and `fedex`. `fedsa`, which a job may name, needs no
-rule: devices send A alone, whose mean is that of any tensor.
+`flora` and `fedex` change the frozen weights in their papers. Here the weights stay as they are: the state's pair has `residual_rank` more
+directions than devices train, the *rest*, which hold what the papers add to the weights, cut to that rank; devices add them to their
+weights for the time of a round. So a device that has missed rounds has the same base as all, and a state is an adapter as any other.
+
+`fedsa`, which a job may name, needs no rule: devices send A alone, whose mean is that of any tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from fleetune.coordinator.lora.factors import Factors, Matrix, Part, product_norm
-from fleetune.coordinator.lora.means import ROW_NORM, FactorMean, ProductMean, ProductSum, Truncated
+from fleetune.coordinator.lora.means import ROW_NORM, FactorMean, ProductMean, ProductSum
 
-Aggregation = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora"]
+Aggregation = Literal["exact", "fedit", "zero-pad", "flexlora", "ffa", "rolora", "flora", "fedex"]
 Trained = Literal["both", "left", "right"]
 """Which matrices of a pair devices train: left is B."""
 
@@ -41,6 +48,7 @@ class Rule:
     """`products` averages products and truncates; otherwise matrices are averaged, of whole modules only.
 
     `keeps_tail`: a device stands for the directions that it was not given, too. `row_norm` is that of A's rows after truncation.
+    `has_rest`: the state has directions that no device trains; with `products` the trained ones begin anew.
     """
 
     products: bool
@@ -48,6 +56,7 @@ class Rule:
     coverage: bool = False
     row_norm: float = ROW_NORM
     keeps_tail: bool = False
+    has_rest: bool = False
 
 
 RULES: Mapping[Aggregation, Rule] = {
@@ -57,6 +66,8 @@ RULES: Mapping[Aggregation, Rule] = {
     "zero-pad": Rule(products=False, by_norm=True),
     "ffa": Rule(products=False, keeps_tail=True),
     "rolora": Rule(products=False, keeps_tail=True),
+    "flora": Rule(products=True, keeps_tail=True, has_rest=True),
+    "fedex": Rule(products=False, keeps_tail=True, has_rest=True),
 }
 
 
@@ -69,13 +80,34 @@ def trained(aggregation: Aggregation, round_number: int) -> Trained:
 
 @dataclass(frozen=True)
 class LoraFold:
-    """How a job's pairs are folded in one round. `rank` and `scale` are the global pair's; `narrower` allows devices a lower rank."""
+    """How a job's pairs are folded in one round. `rank` and `scale` are the global pair's; `narrower` allows devices a lower rank. The last
+    `residual_rank` of its directions are the rest; `seed` is that of fresh ones."""
 
     aggregation: Aggregation
     rank: int
     scale: float
     round_number: int = 1
     narrower: bool = False
+    residual_rank: int = 0
+    seed: int = 0
+
+    @property
+    def trained_rank(self) -> int:
+        """The highest that a device trains."""
+        return self.rank - self.residual_rank
+
+    def fresh(self, name: str, columns: int) -> Matrix | None:
+        """The trained rows of A, named `name`, where they begin anew in this round: uniform within 1/sqrt(k), as PEFT makes them.
+
+        Of Philox's raw bits, which are the same everywhere: a fold that is done again gives the same bytes.
+        """
+        rule = RULES[self.aggregation]
+        if not (rule.has_rest and rule.products):
+            return None
+        key = hashlib.sha256(f"{self.seed}/{self.round_number}/{name}".encode()).digest()[:16]
+        raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(self.trained_rank * columns)
+        uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return np.reshape((2.0 * uniform - 1.0) / math.sqrt(columns), (self.trained_rank, columns))
 
     @property
     def trained(self) -> Trained:
@@ -96,17 +128,29 @@ class Merged:
 class PairFold:
     """One pair's fold. Parts are added in device order; `weights` replaces their own by device id."""
 
-    def __init__(self, aggregation: Aggregation, old: Factors, weights: Mapping[str, float] | None = None) -> None:
-        """`old` is the pair that the round began with, of rank r_max and the job's scale."""
+    def __init__(
+        self,
+        aggregation: Aggregation,
+        old: Factors,
+        weights: Mapping[str, float] | None = None,
+        residual_rank: int = 0,
+        fresh: Matrix | None = None,
+    ) -> None:
+        """`old` is the pair that the round began with, of rank r_max and the job's scale; its last `residual_rank` directions are the rest,
+        for rules that have one. `fresh` are the rows of A that the others go on with, for rules by which they begin anew."""
         self._rule = RULES[aggregation]
         self._aggregation: Aggregation = aggregation
         self._old = old
         self._weights = weights
+        self._residual_rank = residual_rank
+        self._fresh = fresh
         rows, columns, dtype = old.left.shape[0], old.right.shape[1], old.left.dtype
         self._exact = ProductMean(rows, columns, dtype)
         self._absent = np.zeros(old.rank, dtype)
         """By direction: the weight of the devices that were not given it."""
-        self._mean = None if self._rule.products else FactorMean(rows, columns, old.rank, old.scale, self._rule.coverage, dtype)
+        self._mean = (
+            None if self._rule.products else FactorMean(rows, columns, old.rank - residual_rank, old.scale, self._rule.coverage, dtype)
+        )
 
     def add(self, part: Part) -> None:
         weight = part.weight if self._weights is None else self._weights[part.device_id]
@@ -126,6 +170,8 @@ class PairFold:
         of_sent = self._exact.result(old) if rule.products and not rule.keeps_tail else None
         self._exact.carry(old, self._absent)
         exact = self._exact.result(old)
+        if rule.has_rest:
+            return self._beside_rest(exact)
         if self._mean is None:
             found = (of_sent or exact).truncated(old.rank, old.scale, old.right, rule.row_norm)
             if of_sent is None:
@@ -138,6 +184,19 @@ class PairFold:
         right = old.right if trained == "left" else mean.right
         factors = Factors(left, right, mean.scale)
         return Merged(factors, exact.norm(), exact.distance(factors), None)
+
+    def _beside_rest(self, exact: ProductSum) -> Merged:
+        """The pair that devices go on with, and the rest of the exact mean, as far as its rank goes."""
+        old, norm = self._old, exact.norm()
+        if self._mean is not None:
+            pair = self._mean.result()
+            exact.add(pair.left * -pair.scale, pair.right)
+        else:
+            assert self._fresh is not None, "a rule by which pairs begin anew is given new ones"
+            pair = Factors(np.zeros((old.left.shape[0], len(self._fresh)), old.left.dtype), self._fresh, old.scale)
+        rest = exact.truncated(self._residual_rank, old.scale, old.right[pair.rank :])
+        factors = Factors(np.hstack([pair.left, rest.factors.left]), np.vstack([pair.right, rest.factors.right]), old.scale)
+        return Merged(factors, norm, rest.error, rest.error)
 
 
 def difference(one: Factors, other: Factors) -> float:
@@ -156,50 +215,3 @@ def norm_weights(norms: Mapping[str, float]) -> Mapping[str, float]:
     if total <= 0:
         return dict.fromkeys(clipped, 1.0 / len(clipped))
     return {device: norm / total for device, norm in clipped.items()}
-
-
-def _shares(parts: Sequence[Part]) -> list[float]:
-    total = sum(part.weight for part in parts)
-    return [part.weight / total for part in parts]
-
-
-def flora_stack(parts: Sequence[Part]) -> Factors:
-    """FLoRA: the stack whose product is the exact mean; p_i stands on A only, and the scale is 1. Devices merge it into their weights."""
-    rights = [part.factors.right * (share * part.factors.scale) for part, share in zip(parts, _shares(parts), strict=True)]
-    return Factors(np.hstack([part.factors.left for part in parts]), np.vstack(rights), 1.0)
-
-
-@dataclass(frozen=True)
-class Fedex:
-    """FedEx-LoRA: FedIT's pair, and what is to be added to the frozen weight (d x k, the orientation of torch.nn.Linear) to be exact."""
-
-    factors: Factors
-    residual: Factors
-
-
-def fedex(parts: Sequence[Part]) -> Fedex:
-    """Of parts of one rank and scale. The residual is sum p_i s (B_i - mean B)(A_i - mean A), of rank (K - 1) r at the most, since the
-    p_i (B_i - mean B) sum up to 0: the last device's is written in those of the others."""
-    shares = _shares(parts)
-    scale = parts[0].factors.scale
-    if any(part.factors.rank != parts[0].factors.rank or part.factors.scale != scale for part in parts):
-        raise ValueError("FedEx averages matrices: all devices need the same rank and scale")
-    left = sum((part.factors.left * share for part, share in zip(parts, shares, strict=True)), np.zeros_like(parts[0].factors.left))
-    right = sum((part.factors.right * share for part, share in zip(parts, shares, strict=True)), np.zeros_like(parts[0].factors.right))
-    last = parts[-1].factors.right
-    lefts = [np.zeros((left.shape[0], 0), left.dtype), *((p.factors.left - left) * s for p, s in zip(parts[:-1], shares, strict=False))]
-    rights = [np.zeros((0, right.shape[1]), right.dtype), *(p.factors.right - last for p in parts[:-1])]
-    return Fedex(Factors(left, right, scale), Factors(np.hstack(lefts), np.vstack(rights), scale))
-
-
-def fedsa(parts: Sequence[Part]) -> Matrix:
-    """FedSA-LoRA: the mean of A, which is all that a device sends; its B and its head never leave it."""
-    shares = _shares(parts)
-    return sum((part.factors.right * share for part, share in zip(parts, shares, strict=True)), np.zeros_like(parts[0].factors.right))
-
-
-def truncated_residual(residual: Factors, rank: int) -> Truncated:
-    """FedEx's inexact variant: the residual's best `rank` directions."""
-    found = ProductSum(residual.left.shape[0], residual.right.shape[1], residual.left.dtype)
-    found.add(residual.left * residual.scale, residual.right)
-    return found.truncated(rank, 1.0)

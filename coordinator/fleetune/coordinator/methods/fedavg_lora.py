@@ -32,7 +32,7 @@ from google.protobuf.message import Message
 
 from fleetune.coordinator import loraranks
 from fleetune.coordinator.domain import UpdateKind
-from fleetune.coordinator.jobsections import JobSpec
+from fleetune.coordinator.jobsections import WITH_REST, JobSpec
 from fleetune.coordinator.lora import rules
 from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.methods.base import Initial, RoundFacts
@@ -70,6 +70,8 @@ class FedavgLora:
         assert aggregation is not None, "jobspec.parse fills it in"
         if aggregation == "fedsa":
             task.personal = True
+        elif aggregation in WITH_REST:
+            task.trains = "beside-rest"
         elif (trained := rules.trained(aggregation, facts.number)) != "both":
             task.trains = trained
         return {device: _ranked(task, spec, facts.names.get(device, "")) for device in facts.devices}
@@ -80,7 +82,8 @@ class FedavgLora:
             return None  # of A, which is all that there is
         if method.server_optimizer == "none":
             assert method.aggregation is not None, "jobspec.parse fills it in"
-            return LoraFold(method.aggregation, spec.lora.rank, loraranks.scale(spec), number, bool(method.ranks))
+            rank, rest = loraranks.state_rank(spec), loraranks.residual_rank(spec)
+            return LoraFold(method.aggregation, rank, loraranks.scale(spec), number, bool(method.ranks or rest), rest, spec.seed)
         rate, beta2 = method.server_learning_rate, method.server_beta2
         assert rate is not None and beta2 is not None, "jobspec.parse fills them in"
         match method.server_optimizer:
@@ -99,9 +102,9 @@ class FedavgLora:
 
 
 def _ranked(task: fedavg_lora_pb2.FedavgLoraTask, spec: JobSpec, device_name: str) -> fedavg_lora_pb2.FedavgLoraTask:
-    """The task of a device by its rank; the plain one where that is the job's."""
+    """The task of a device by its rank; the plain one where that is the state's."""
     rank = loraranks.rank_of(spec, device_name)
-    if rank == spec.lora.rank:
+    if rank == loraranks.state_rank(spec):
         return task
     own = fedavg_lora_pb2.FedavgLoraTask()
     own.CopyFrom(task)

@@ -17,6 +17,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleetune.coordinator import loraranks
 from fleetune.coordinator.domain import Prepared, RoundEntry, TaskEntry
 from fleetune.coordinator.jobsections import JobSpec
 from fleetune.coordinator.rounds import ranking, triplets
@@ -209,7 +210,7 @@ def readme(adapter: Adapter) -> str:
         lines += [
             f"- Base: `{base}`" + (f" at revision `{prepared.revision}`" if prepared.revision else ""),
             f"- Base digest: `{prepared.base_digest}`",
-            f"- LoRA: rank {spec.lora.rank}{_ranks(entry)}, alpha {spec.lora.alpha:g}, targets {_targets(spec)}"
+            f"- LoRA: rank {spec.lora.rank}{_ranks(entry)}{_rest(spec)}, alpha {spec.lora.alpha:g}, targets {_targets(spec)}"
             if spec.method.trains == "lora"
             else "- Trained: the layers' own weights",
         ]
@@ -233,6 +234,11 @@ def _ranks(entry: RoundEntry) -> str:
         return ""
     left = ranking.left(entry.alive)
     return f" at first, now {sum(left.values())} in all over {len(left)} of {len(entry.alive)} modules"
+
+
+def _rest(spec: JobSpec) -> str:
+    rest = loraranks.residual_rank(spec)
+    return f" and {rest} more that gather what earlier rounds brought" if rest else ""
 
 
 AUTO_CLASSES = {

@@ -38,7 +38,7 @@ def fold(plan: FoldPlan, rule: LoraFold) -> FoldResult:
     """As `aggregate.fold`, and `metrics` tell both errors of all pairs together, by the norm of the exact mean."""
     with threadpool_limits(1, "blas"), contextlib.ExitStack() as stack, np.errstate(over="ignore", invalid="ignore"):
         # One thread: sums that are split among threads depend on their number, and small matrices are slower by them on a busy machine.
-        inputs = contributions.open_inputs(plan.base_state, plan.contributions, stack, leeway=Leeway(rule.rank, plan.layout))
+        inputs = contributions.open_inputs(plan.base_state, plan.contributions, stack, leeway=Leeway(rule.trained_rank, plan.layout))
         folding = _LoraFolding(inputs, rule, max(1, plan.slab_bytes // 32), plan.layout)
         if folding.is_plain():
             result = aggregate.fold(plan)
@@ -114,14 +114,15 @@ class _LoraFolding:
     def _merged(self, pair: Pair) -> tuple[Factors, Merged]:
         """The pair as it was, and as the rule makes it."""
         old = self._old_pair(pair)
-        folding = PairFold(self._rule.aggregation, old, self._weights)
+        rule = self._rule
+        folding = PairFold(rule.aggregation, old, self._weights, rule.residual_rank, rule.fresh(pair.right, old.right.shape[1]))
         holders = self._holders(pair)
         if not holders:
             return old, Merged(old, 0.0, 0.0, None)
         for part in holders:
             rows, columns = self._kept(pair, part)
             folding.add(Part(part.source.device_id, float(part.source.weight), self._part(pair, part, old), rows, columns))
-        merged = folding.result(self._rule.trained)
+        merged = folding.result(rule.trained)
         self._squares["mean"] += merged.norm**2
         self._squares[AGGREGATION_ERROR] += merged.aggregation_error**2
         if merged.truncation_error is not None:

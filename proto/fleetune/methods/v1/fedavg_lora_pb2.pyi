@@ -71,7 +71,9 @@ class FedavgLoraTask(_message.Message):
     scale: _builtins.float
     """What this device multiplies the product of its matrices by. 0: the recipe's alpha / rank."""
     trains: _builtins.str
-    """"both", or only the "left" (B) or the "right" (A) matrix of each pair; empty: both."""
+    """"both", or only the "left" (B) or the "right" (A) matrix of each pair; empty: both. "beside-rest": both, with the state's directions
+    past `rank` added to the frozen weights for the time of the round instead of left out.
+    """
     personal: _builtins.bool
     """Whether all but A is this device's own: it begins with what it kept of it, keeps it, and sends A alone."""
     def __init__(
