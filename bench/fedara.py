@@ -36,10 +36,11 @@ from fleetune.agent.trainer import data
 from fleetune.coordinator import jobspec, recipes
 from fleetune.coordinator.demo import split
 from fleetune.coordinator.domain import Blob, RankSettings, RoundEntry, TaskEntry, Update
+from fleetune.coordinator.lora.rules import LoraFold
 from fleetune.coordinator.methods.base import RoundFacts
 from fleetune.coordinator.methods.fedara import scores as scores_of
 from fleetune.coordinator.methods.table import METHODS
-from fleetune.coordinator.rounds import aggregate, ranking, triplets
+from fleetune.coordinator.rounds import aggregate, lorafold, ranking, triplets
 from fleetune.coordinator.rounds.job import rank_settings
 from fleetune.model import accelerator as accelerators
 from fleetune.model import adapter, batches, evaluation, lora, recipe, rows
@@ -79,6 +80,8 @@ class Point:
 
 
 Curve = list[Point]
+AGGREGATIONS = ("exact", "flora", "fedex")
+"""Other ways than FedIT's to make one pair of many."""
 
 
 def main() -> int:
@@ -97,7 +100,7 @@ def main() -> int:
     parser.add_argument("--triplets", default="16,2e-3", help="the same of FedARA")
     parser.add_argument("--orthogonality", type=float, default=0.0)
     parser.add_argument("--end", type=float, default=0.25, help="share of the ranks that is left in the end")
-    parser.add_argument("--arms", default="lora,fedara,kept", help="which of lora, fedara, vote, kept")
+    parser.add_argument("--arms", default="lora,fedara,kept", help=f"which of lora, {', '.join(AGGREGATIONS)}, fedara, vote, kept")
     parser.add_argument("--margin", type=float, default=0.01, help="the same accuracy is LoRA's best less so much")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--curves", type=Path, help="file to which finished curves are added, and from which those that it has are taken")
@@ -121,6 +124,10 @@ def _arms(options: argparse.Namespace) -> dict[str, Arm]:
     ranked = {"name": "fedara", "update_dtype": "float16", "orthogonality": options.orthogonality}
     return {
         "lora": Arm("federated LoRA", {"name": "fedavg_lora", "update_dtype": "float16"}, *pairs),
+        **{
+            key: Arm(f"federated LoRA, {key}", {"name": "fedavg_lora", "update_dtype": "float16", "aggregation": key}, *pairs)
+            for key in AGGREGATIONS
+        },
         "fedara": Arm("FedARA", {**ranked, "ranks_end": options.end}, *own),
         "vote": Arm("FedARA, by vote", {**ranked, "ranks_end": options.end, "arbitration": "vote"}, *own),
         "kept": Arm("triplets, all kept", {**ranked, "ranks_end": 1.0}, *own),
@@ -225,7 +232,12 @@ class _Run:
             entry.tasks[device] = TaskEntry(device, device, device, "train", 1, "done", update=update)
             found.append(aggregate.Contribution(device, out, int(done.report.samples)))
         folded = self._folder / "folded.safetensors"
-        aggregate.fold(aggregate.FoldPlan(self._state, tuple(found), folded))
+        plan = aggregate.FoldPlan(self._state, tuple(found), folded)
+        rule = METHODS[self._spec.method.name].fold(self._spec, number)
+        if isinstance(rule, LoraFold):
+            lorafold.fold(plan, rule)
+        else:
+            aggregate.fold(plan)
         if self._settings is not None:
             alive = ranking.decided(self._settings, self._spec.rounds.count, entry)
             triplets.sliced(folded, folded, alive)
