@@ -170,11 +170,8 @@ def _is_with_rest(
     if files.rule.aggregation == "flora":
         wanted = np.zeros_like(left), _fresh(files.rule, names[1], right)
     else:
-        total = sum(weights[own.index] for own in devices)
-        wanted = np.zeros_like(left), np.zeros_like(right)
-        for own in devices:
-            wanted[0][:, : own.rank] += weights[own.index] / total * (own.scale / scale) * own.left
-            wanted[1][: own.rank] += weights[own.index] / total * own.right
+        mean_left, mean_right = _mean_matrices(files, devices, weights, *names)
+        wanted = mean_left[:, :rank], mean_right[:rank]
     both = zip(names, wanted, (left, right), strict=True)
     if not all(_is_near(expected, there, result.by_name[name].dtype) for name, expected, there in both):
         return False
