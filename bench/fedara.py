@@ -289,7 +289,7 @@ def _section(options: argparse.Namespace, curves: Mapping[str, Sequence[Curve]])
         f"MiniLM on TREC-6, rank {options.rank} beside {where}, {options.devices} devices by Dirichlet({options.dirichlet:g}), "
         f"{options.rounds} rounds of {options.steps} steps of {options.batch} rows, updates in float16, the state in float32. Alpha and "
         f"learning rate: {options.lora.replace(',', ' and ')} for LoRA, {options.triplets.replace(',', ' and ')} for triplets. FedARA goes "
-        f"from all ranks to {options.end:.0%} of them. Devices train one after the other in one process, by the agent's and the "
+        f"from all ranks to {options.end:.4g} of them. Devices train one after the other in one process, by the agent's and the "
         "coordinator's own code without the service between them; bytes are those of the files that would travel. The same accuracy is "
         f"LoRA's best, as a mean of three rounds, less {options.margin:g}, for each seed by itself.",
         "",
