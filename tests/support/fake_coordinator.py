@@ -53,6 +53,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
         self.updates: dict[str, Received] = {}
         self.status_asked: list[str] = []
         self.downloads: list[blob_pb2.DownloadRequest] = []
+        self.streams = 0
+        """Control streams that arrived here, before their first word."""
         self.sessions = 0
         # Answers to the next sessions instead of a welcome.
         self.refusals: list[fleet_pb2.Refusal] = []
@@ -135,6 +137,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer, blob_pb2_grpc.BlobSer
     # --- FleetService
 
     async def Session(self, request_iterator: object, context: _SessionContext) -> None:  # type: ignore[override]  # aio flavour
+        self.streams += 1
+        await self._stir()
         first = await _read_or_end(context)
         if first is None:  # the agent has given up before it said anything
             return
