@@ -42,8 +42,8 @@ from minilm import minilm_folder
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 SETUPS: Mapping[str, Setup] = {
-    "trec6": Setup(12, 8, 16, 24, 2.5e-3, 6, 5, 300),
-    "sst2": Setup(18, 8, 16, 24, 1e-3, 12, 6, 300),
+    "trec6": Setup(12, 8, 16, 24, 2.5e-3, 6, 5, 2, 300),
+    "sst2": Setup(18, 8, 16, 24, 1e-3, 12, 6, 4, 300),
 }
 """Learning rates: the best of a few on the tuning seed. At TREC-6's, SST-2 is not learned."""
 
@@ -76,7 +76,8 @@ def jobs(name: str, setup: Setup) -> tuple[Job, ...]:
         )
         return _job(setup, tuned, 'name = "fedavg_lora"\naggregation = "exact"\n'), _job(setup, again, pruned)
     arms = 'arms = "bandit"\n' if name.startswith("fedspine") else 'arms = "fixed"\n'
-    method = f"{_spine(TAU, own)}{arms}recovery_rounds = {setup.recovery_rounds}\n"
+    warm = f"warm_rounds = {setup.warm_rounds}\n" if name.endswith("-warm") else ""
+    method = f"{_spine(TAU, own)}{arms}{warm}recovery_rounds = {setup.recovery_rounds}\n"
     return (_job(setup, setup.rounds, method, RANK // 2 if name == "middle" else RANK),)
 
 

@@ -35,6 +35,7 @@ CONTESTANTS: Mapping[str, str] = {
     "fixed": "(b) one arm for all",
     "middle": f"(b) of rank {RANK // 2}",
     "hetlora": "HetLoRA, not pruned",
+    "fedspine-warm": "FedSpine, first rounds without a cut",
     "fedspine-own": "FedSpine, each device cuts by its own importance",
     "once-own": "(a), each device by its own importance",
 }
@@ -44,6 +45,7 @@ SHORT: Mapping[str, str] = {
     "fixed": "(b)",
     "middle": f"(b) of rank {RANK // 2}",
     "hetlora": "HetLoRA",
+    "fedspine-warm": "FedSpine with warm rounds",
     "fedspine-own": "FedSpine by own importance",
     "once-own": "(a) by own importance",
 }
@@ -64,6 +66,8 @@ class Setup:
     """Of (a), before it prunes."""
     recovery_rounds: int
     """Of those that prune step by step: the last rounds, in which nothing is cut any more."""
+    warm_rounds: int
+    """Of FedSpine with warm rounds: the first ones, in which nothing is cut."""
     curve_rows: int
     """Test rows that are measured after each round; all of them once everything is cut."""
 
@@ -215,6 +219,8 @@ MATCHES = (
     Match("fedspine", "once", "once", FASTER_THAN_A),
     Match("fedspine", "fixed", "once", FASTER_THAN_B),
     Match("fedspine", "middle"),
+    Match("fedspine-warm", "once"),
+    Match("fedspine-warm", "fedspine"),
     Match("fedspine", "once-own", "once-own"),
     Match("fedspine-own", "once-own", "once-own"),
     Match("fedspine", "fedspine-own", "once-own"),
@@ -304,7 +310,7 @@ def _how(runs: Runs) -> list[str]:
         "",
         f"(a) is {setup['tuned_rounds']} rounds of federated LoRA, then one cut to {target} by the fleet's importance, which the last of "
         "these rounds gathers, then recovery, as two jobs; *by own importance*: each device cuts by its own, gathered in as many steps "
-        "more before the cut. (b) is "
+        f"more before the cut. With warm rounds FedSpine cuts nothing in the first {setup['warm_rounds']}. (b) is "
         'FedSpine with `arms = "fixed"`: half of what a round may cut, the highest rank; for reference also a job of rank '
         f"{RANK // 2}. HetLoRA pads with zeros, ranks by class of device. Accuracy is the mean of the last {LAST} rounds, test rows dealt "
         f"over the devices, each with what it has left. The goal is all devices at {target} *and* (a)'s last accuracy less "

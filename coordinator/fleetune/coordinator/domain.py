@@ -130,7 +130,9 @@ class PruneSettings:
     recovery_rounds: int = 2
     """The last ones, in which nothing is cut where it can be helped."""
     shares: bool = False
-    """Whether all cut by what matters to the fleet: then nothing is cut in the first round, whose updates tell it."""
+    """Whether all cut by what matters to the fleet, which the updates of a round tell."""
+    warm_rounds: int = 0
+    """The first ones, in which nothing is cut; at least 1 where `shares`."""
     choice: Literal["bandit", "fixed"] = "bandit"
     pace: float = 0.5
     """Of all devices where the choice is fixed: the share of what may be cut in a round."""

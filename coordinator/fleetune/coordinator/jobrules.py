@@ -71,6 +71,7 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "sparsity": ("fedspine",),
     "prune_every": ("fedspine",),
     "prune_step": ("fedspine",),
+    "warm_rounds": ("fedspine",),
     "recovery_rounds": ("fedspine",),
     "arms": ("fedspine",),
     "pace": ("fedspine",),
@@ -496,11 +497,10 @@ def _fedspine(draft: Draft) -> Iterator[Complaint]:
     if draft.sound("method.rank_min", "lora.rank") and method.arms == "bandit" and method.rank_min > spec.lora.rank:
         remedy = "Lower it, or raise lora.rank, which is the highest."
         yield Complaint("method.rank_min", shown(method.rank_min), f"0 to {spec.lora.rank}, which is lora.rank", remedy)
-    paths = ("rounds.count", "method.sparsity", "method.prune_step", "method.recovery_rounds")
-    gathering = 1 if method.importance == "fleet" else 0
-    needed = gathering + math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds
+    paths = ("rounds.count", "method.sparsity", "method.prune_step", "method.warm_rounds", "method.recovery_rounds")
+    needed = method.uncut_rounds + math.ceil(method.sparsity / method.prune_step - 1e-9) + method.recovery_rounds
     if draft.sound(*paths, "method.importance") and spec.rounds.count < needed:
-        remedy = "Raise it, or method.prune_step, or lower method.sparsity or method.recovery_rounds."
+        remedy = "Raise it, or method.prune_step, or lower method.sparsity, method.warm_rounds or method.recovery_rounds."
         yield Complaint("rounds.count", shown(spec.rounds.count), f"at least {needed}, to reach the sparsity before the recovery", remedy)
 
 

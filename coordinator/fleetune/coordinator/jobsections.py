@@ -281,6 +281,13 @@ class MethodSection(Section):
     prune_step: float = Field(
         default=0.1, gt=0, le=0.9, description="fedspine: what one round may cut at the most.", json_schema_extra={"unit": "fraction"}
     )
+    warm_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="fedspine: the job's first rounds, in which nothing is cut. Where importance is the fleet's there is always one.",
+        json_schema_extra={"unit": "rounds"},
+    )
     recovery_rounds: int = Field(
         default=2,
         ge=0,
@@ -386,6 +393,11 @@ class MethodSection(Section):
     state_mib: float = Field(
         default=1.0, gt=0, le=2048, description="Size of the state that echo moves.", json_schema_extra={"unit": "MiB"}
     )
+
+    @property
+    def uncut_rounds(self) -> int:
+        """The first rounds in which fedspine cuts nothing: what matters to the fleet is known after one."""
+        return max(self.warm_rounds, 1 if self.importance == "fleet" else 0)
 
 
 class RoundsSection(Section):

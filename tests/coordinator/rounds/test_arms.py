@@ -57,15 +57,30 @@ def test_the_first_round_is_the_same_cheap_arm_for_everyone() -> None:
 def test_a_fleet_that_shares_importance_cuts_nothing_in_the_first_round_and_is_at_the_target_in_time(
     choice: Literal["bandit", "fixed"],
 ) -> None:
-    settings = replace(SETTINGS, shares=True, choice=choice)
+    settings = replace(SETTINGS, shares=True, warm_rounds=1, choice=choice)
     done = played(settings, 8, EVEN)  # 1 to gather, 5 steps of 0.1 at the most, 2 of recovery
     assert {(pruning.pace, pruning.sparsity_after) for pruning in done[0].prunings} == {(0.0, 0.0)}
     assert {pruning.rank for pruning in done[0].prunings} == {8 if choice == "bandit" else 16}
     assert [pruning.sparsity_before for entry in done[-2:] for pruning in entry.prunings] == pytest.approx([0.5] * 6)
 
 
+@pytest.mark.parametrize("warm", [0, 1, 2, 5])
+def test_warm_rounds_cut_nothing_and_the_target_is_reached_in_the_rounds_that_are_left(warm: int) -> None:
+    settings = replace(SETTINGS, warm_rounds=warm)
+    done = played(settings, warm + 7, EVEN)  # 5 steps of 0.1 at the most, 2 of recovery
+    assert [pruning.sparsity_after for entry in done[:warm] for pruning in entry.prunings] == [0.0] * 3 * warm
+    assert all(pruning.sparsity_after > 0 for pruning in done[warm].prunings)
+    assert [pruning.sparsity_before for entry in done[-2:] for pruning in entry.prunings] == pytest.approx([0.5] * 6)
+
+
+def test_the_bandit_is_not_asked_before_the_warm_rounds_are_over() -> None:
+    done = played(replace(SETTINGS, warm_rounds=4), ROUNDS, EVEN)
+    assert {(pruning.pace, pruning.rank) for entry in done[:4] for pruning in entry.prunings} == {(0.0, 8)}
+    assert len({(pruning.pace, pruning.rank) for entry in done[4:] for pruning in entry.prunings}) > 3
+
+
 def test_the_bandit_learns_nothing_of_the_round_that_gathers() -> None:
-    settings = replace(SETTINGS, shares=True)
+    settings = replace(SETTINGS, shares=True, warm_rounds=1)
     spines, prunings = arms.choose(settings, {}, FLEET, 1, ROUNDS, seed=1)
     entry = RoundEntry(1, "committed", 0.0, prunings=prunings)
     told = {"loss_before": 1.0, "loss_after": 0.9, "update_norm": 1.0, "step_s": 0.1, "steps": 60.0}

@@ -3,7 +3,7 @@
 A device has a bandit of its own (`rounds.bandit`), asked when a round opens and rewarded when it is committed. Four things bound what
 it may choose: a device whose predicted seconds are far beyond the fleet's mean must prune faster or take a lower rank, as must one whose
 memory is short (`rounds.armlimits`); the job's last rounds are for recovery, so that the target must be reached before them; and the first
-round is the same cheap arm for everyone, since nothing is known yet, and cuts nothing where all cut by what matters to the fleet. With
+round is the same cheap arm for everyone, since nothing is known yet; in the job's `warm_rounds` that arm cuts nothing. With
 `choice = "fixed"` all devices take one arm.
 
 | symbol | name |
@@ -105,9 +105,9 @@ def _bandit_settings(settings: PruneSettings) -> bandit.Settings:
 
 def _arm(settings: PruneSettings, spine: Spine, device_id: str, number: int, rounds: int, fleet: _Fleet | None) -> tuple[Spine, Arm]:
     least = least_pace(settings, spine.sparsity, number, rounds)
-    if settings.shares and number == 1:
-        # What matters to the fleet is known after it. It was no choice of the bandit, which learns nothing of it.
-        return spine, armlimits.bounded(spine.ceiling, spine.bandit.settings, _gathering(settings, spine))
+    if number <= settings.warm_rounds:
+        # No choice of the bandit, which learns nothing of it.
+        return spine, armlimits.bounded(spine.ceiling, spine.bandit.settings, _warm(settings, spine))
     if settings.choice == "fixed":
         height = bandit.height_of(spine.bandit.settings, settings.rank)
         arm = Arm(max(settings.pace, least), settings.rank, max(settings.pace, least), height)
@@ -125,7 +125,7 @@ def _arm(settings: PruneSettings, spine: Spine, device_id: str, number: int, rou
     return replace(spine, bandit=asked), arm
 
 
-def _gathering(settings: PruneSettings, spine: Spine) -> Arm:
+def _warm(settings: PruneSettings, spine: Spine) -> Arm:
     of_bandit = bandit.calibration(spine.bandit.settings)
     rank = settings.rank if settings.choice == "fixed" else of_bandit.rank
     return Arm(0.0, rank, 0.0, bandit.height_of(spine.bandit.settings, rank))

@@ -139,6 +139,7 @@ def prune_settings(spec: JobSpec) -> PruneSettings:
         step_max=method.prune_step,
         recovery_rounds=method.recovery_rounds,
         shares=method.importance == "fleet",
+        warm_rounds=method.uncut_rounds,
         choice=method.arms,
         pace=method.pace,
         rank=spec.lora.rank,
