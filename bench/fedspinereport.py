@@ -310,12 +310,17 @@ def _how(runs: Runs) -> list[str]:
         "",
         f"(a) is {setup['tuned_rounds']} rounds of federated LoRA, then one cut to {target} by the fleet's importance, which the last of "
         "these rounds gathers, then recovery, as two jobs; *by own importance*: each device cuts by its own, gathered in as many steps "
-        f"more before the cut. With warm rounds FedSpine cuts nothing in the first {setup['warm_rounds']}. (b) is "
+        f"more before the cut. {_warm(runs)}(b) is "
         'FedSpine with `arms = "fixed"`: half of what a round may cut, the highest rank; for reference also a job of rank '
         f"{RANK // 2}. HetLoRA pads with zeros, ranks by class of device. Accuracy is the mean of the last {LAST} rounds, test rows dealt "
         f"over the devices, each with what it has left. The goal is all devices at {target} *and* (a)'s last accuracy less "
         f"{100 * SLACK:g} point. Times are means over seeds.",
     ]
+
+
+def _warm(runs: Runs) -> str:
+    warm = next((each["fedspine-warm"].setup["warm_rounds"] for each in runs.values() if "fedspine-warm" in each), None)
+    return f"With warm rounds FedSpine cuts nothing in the first {warm}. " if warm is not None else ""
 
 
 def _compared(match: Match, runs: Runs) -> str:

@@ -76,6 +76,21 @@ def test_echo_needs_nothing_but_a_name() -> None:
     assert spec.evaluation.source == "none"
 
 
+@pytest.mark.parametrize(
+    ("importance", "warm", "needed"), [("fleet", 0, 8), ("fleet", 1, 8), ("fleet", 3, 10), ("own", 0, 7), ("own", 3, 10)]
+)
+def test_warm_rounds_count_among_those_that_fedspine_needs(importance: str, warm: int, needed: int) -> None:
+    text = (
+        f'{CLASSIFICATION}[lora]\ntargets = ["query"]\n[training]\nsteps = 60\n'
+        f'[method]\nname = "fedspine"\nimportance = "{importance}"\nwarm_rounds = {warm}\n[rounds]\ncount = '
+    )
+    assert jobspec.parse(f"{text}{needed}").method.uncut_rounds == needed - 7
+    found = complaints_of(f"{text}{needed - 1}")
+    assert set(found) == {"rounds.count"}
+    assert found["rounds.count"].allowed.startswith(f"at least {needed},")
+    assert "method.warm_rounds" in found["rounds.count"].remedy
+
+
 def test_any_job_becomes_a_link_test_by_its_method_alone() -> None:
     spec = jobspec.parse(CLASSIFICATION + '[method]\nname = "echo"\nstate_mib = 2')
     assert (spec.model.base, spec.data.name, spec.method.state_mib) == ("", "", 2.0)
